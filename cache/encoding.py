@@ -1,0 +1,107 @@
+"""Storage types: how a float32 value becomes the bytes of a stack, and back.
+
+Every storage type is a plain little-endian numpy array. numpy has no bfloat16, so that one is held
+as its 16 bits in an unsigned integer. The encoder rounds to the nearest, ties to even, as the
+hardware does, and refuses what cannot be held: a feature that silently became infinite would
+surface hours later as a NaN loss.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache.errors import CacheDamaged, StorageOverflow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """One storage type: the numpy dtype of its arrays and the largest magnitude it holds."""
+
+    name: str
+    dtype: np.dtype
+    largest: float
+
+
+STORAGE = {
+    "float32": Storage(name="float32", dtype=np.dtype("<f4"), largest=3.4028234663852886e38),
+    "float16": Storage(name="float16", dtype=np.dtype("<f2"), largest=65504.0),
+    "bfloat16": Storage(name="bfloat16", dtype=np.dtype("<u2"), largest=3.3895313892515355e38),
+}
+
+
+def encode(values: np.ndarray, storage: str) -> np.ndarray:
+    """Round float32 `values` (any shape) to a storage type: same shape, the type's dtype.
+
+    Raises:
+        StorageOverflow: a value is NaN or infinite, or rounds beyond the largest of the type;
+            `.index` is the position of the first one.
+    """
+    kind = STORAGE[storage]
+    values = np.asarray(values)
+    if values.dtype != np.float32:
+        raise TypeError(f"encode expects float32 values, received {values.dtype}")
+    if storage == "float32":
+        encoded = values.astype(kind.dtype)
+        fits = np.isfinite(values)
+    elif storage == "float16":
+        with np.errstate(over="ignore", under="ignore"):
+            encoded = values.astype(kind.dtype)
+        fits = np.isfinite(encoded)
+    else:
+        encoded = _bfloat16_bits(values)
+        fits = (encoded & 0x7F80) != 0x7F80  # an exponent of all ones is infinity or NaN
+        fits &= np.isfinite(values)  # the rounding of a NaN's bits may carry into the sign
+    if not fits.all():
+        raise _overflow(values, fits, kind)
+    return encoded
+
+
+def decode(stored: np.ndarray, storage: str) -> np.ndarray:
+    """Give the float32 values (same shape) of an array in a storage type. Exact."""
+    kind = STORAGE[storage]
+    stored = np.asarray(stored)
+    if stored.dtype != kind.dtype:
+        raise TypeError(f"{storage} is stored as {kind.dtype}, received {stored.dtype}")
+    if storage == "bfloat16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def encode_keys(keys: Sequence[str]) -> np.ndarray:
+    """Pack row keys into the uint8 table `keys`: the bytes of a JSON list of strings.
+
+    Non-ASCII characters are escaped, so file names that are not valid UTF-8 survive too.
+    """
+    text = json.dumps(list(keys), separators=(",", ":"))
+    return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+
+
+def decode_keys(table: np.ndarray) -> list[str]:
+    """Unpack the table `keys`. Raises CacheDamaged when it is not a JSON list of strings."""
+    try:
+        keys = json.loads(table.tobytes())
+    except ValueError as error:
+        raise CacheDamaged(f"table 'keys' is not a JSON list of strings: {error}") from error
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise CacheDamaged("table 'keys' is not a JSON list of strings")
+    return keys
+
+
+def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values).view(np.uint32).reshape(values.shape)
+    # Adding half a unit in the last place, less one when the kept part is even, rounds ties to even
+    rounded = bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))
+    return (rounded >> 16).astype("<u2")
+
+
+def _overflow(values: np.ndarray, fits: np.ndarray, kind: Storage) -> StorageOverflow:
+    index = tuple(int(i) for i in np.unravel_index(np.argmin(fits), fits.shape))
+    value = float(values[index])
+    message = f"value {value:g} at {index} does not fit {kind.name}"
+    if np.isfinite(value):
+        message += f", which holds up to {kind.largest:g}: store as bfloat16 or float32"
+    else:
+        message += ", which holds finite values only: the backbone's output is not a number here"
+    return StorageOverflow(message, index, value)

@@ -1,0 +1,171 @@
+"""Plain file descriptors: whole reads and writes, durable renames, locks.
+
+All bulk bytes of a cache pass through `read_exactly` and `write_all`, whatever the backend. They
+use positions, never the shared file offset, so any number of threads and forked processes may work
+on one file. Nothing here knows what a cache is.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+MOST_BUFFERS = 1024  # IOV_MAX on Linux and macOS
+MOST_OPEN = 128  # descriptors kept open by one pool
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all bytes of `data` (format "B") at `offset`."""
+    while data.nbytes:
+        written = os.pwrite(fd, data, offset)  # at most 2 GiB a call on Linux
+        data, offset = data[written:], offset + written
+
+
+def read_exactly(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Fill `buffers` (format "B") one after another from consecutive bytes at `offset`.
+
+    Returns the number of bytes read: less than asked for only at the end of the file.
+    """
+    waiting = list(buffers)
+    total = 0
+    while waiting:
+        received = os.preadv(fd, waiting[:MOST_BUFFERS], offset + total)
+        if received == 0:
+            break
+        total += received
+        while waiting and received >= waiting[0].nbytes:
+            received -= waiting.pop(0).nbytes
+        if waiting and received:
+            waiting[0] = waiting[0][received:]
+    return total
+
+
+def read_at(path: Path, offset: int, length: int) -> bytes:
+    """Up to `length` bytes of a file from `offset`; fewer at its end."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        data = bytearray(length)
+        return bytes(data[: read_exactly(fd, [memoryview(data)], offset)])
+    finally:
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; without it a rename may be lost in a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file and every name below a folder durable."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            fd = os.open(Path(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_folder(Path(parent))
+
+
+def sync_folders(folder: Path, above: Path) -> None:
+    """Make the names in `folder` and in its parents up to `above` durable.
+
+    One call after all changes: a file system with a journal then writes it once.
+    """
+    sync_folder(folder)
+    if folder != above:
+        sync_folders(folder.parent, above)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file: after a crash it holds the old bytes or the new, never a mixture.
+
+    The new name is durable when its folder has been synchronised as well.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        write_all(fd, memoryview(data), 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    partial.replace(path)
+
+
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Take the advisory lock of an open file or folder; False if another has it.
+
+    The kernel releases it when the descriptor is closed, also by `kill -9`. Where the file system
+    has no locks, True: the lock guards against a mistake, correctness does not rest on it.
+    """
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
+    return True
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write where `path` is, or will be."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        if folder.exists():
+            status = os.statvfs(folder)
+            return status.f_bavail * status.f_frsize
+    raise FileNotFoundError(f"no folder above {path} exists")
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes on disk of a file, or of all files below a folder; holes take none."""
+    if path.is_file():
+        return path.stat().st_blocks * 512
+    return sum(
+        os.lstat(Path(parent, name)).st_blocks * 512
+        for parent, _, names in os.walk(path)
+        for name in names
+    )
+
+
+class OpenFiles:
+    """Read descriptors shared by threads, at most `MOST_OPEN` of them idle."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[Path, tuple[int, int]] = OrderedDict()  # path: (fd, users)
+
+    @contextlib.contextmanager
+    def use(self, path: Path) -> Iterator[int]:
+        """A descriptor of the file, not closed while in use."""
+        with self._lock:
+            fd, users = self._open.pop(path, (-1, 0))
+            if fd < 0:
+                fd = os.open(path, os.O_RDONLY)
+            self._open[path] = (fd, users + 1)
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                fd, users = self._open[path]
+                self._open[path] = (fd, users - 1)
+                self._close_idle(MOST_OPEN)
+
+    def __del__(self) -> None:
+        for fd, _ in self._open.values():  # without the lock: a fork may have copied it taken
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close every idle descriptor."""
+        with self._lock:
+            self._close_idle(0)
+
+    def _close_idle(self, keep: int) -> None:
+        idle = [path for path, (_, users) in self._open.items() if users == 0]
+        for path in idle[: max(0, len(idle) - keep)]:
+            os.close(self._open.pop(path)[0])

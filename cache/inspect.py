@@ -1,0 +1,75 @@
+"""Inspect a cache: what it is and how far it has come, without reading its data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache.reader import Reader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What is known of a cache; `content` is None while rows are missing.
+
+    bytes: of all rows, once complete. splits, targets: number of rows per split and per class.
+    """
+
+    location: str
+    format: str
+    rows: int
+    rows_done: int
+    bytes: int
+    complete: bool
+    fingerprint: str
+    content: str | None
+    identity: dict[str, Any]
+    storage: str
+    views: int
+    rows_per_shard: int
+    stacks: list[dict[str, Any]]
+    splits: dict[str, int]
+    targets: dict[str, dict[str, int]]
+    skipped: dict[int, str]
+    notes: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {**vars(self), "skipped": {str(row): why for row, why in self.skipped.items()}}
+
+
+def inspect(location: str | Path) -> Inspection:
+    """Describe the cache at a location, finished or not.
+
+    Raises: LocationError, CacheNotFound, CacheDamaged, FormatVersionError.
+    """
+    with Reader(location, allow_incomplete=True) as reader:
+        manifest = reader.manifest
+        return Inspection(
+            location=str(location),
+            format=reader.backend.suffix.removeprefix("."),
+            rows=manifest.rows,
+            rows_done=reader.rows_done,
+            bytes=manifest.nbytes,
+            complete=reader.complete,
+            fingerprint=manifest.fingerprint,
+            content=reader.content if reader.complete else None,
+            identity=dict(manifest.identity),
+            storage=manifest.storage,
+            views=manifest.views,
+            rows_per_shard=manifest.rows_per_shard,
+            stacks=manifest.to_dict()["stacks"],
+            splits=_counts(reader.table("split"), manifest.splits) if manifest.splits else {},
+            targets={
+                target.name: _counts(reader.labels(target.name), target.classes)
+                for target in manifest.targets
+            },
+            skipped=reader.skipped,
+            notes=dict(manifest.notes),
+        )
+
+
+def _counts(indices: np.ndarray, names: tuple[str, ...]) -> dict[str, int]:
+    counts = np.bincount(indices[indices >= 0], minlength=len(names))
+    return {name: int(count) for name, count in zip(names, counts, strict=True)}

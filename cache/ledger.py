@@ -1,0 +1,93 @@
+"""The ledger: one record per finished shard, with a checksum of every row.
+
+A record is published after the shard's data are on disk, so its presence is the proof that the
+shard is whole. It is a zero-padded run of bytes of fixed length, which each backend keeps in its
+own way. It ends in a checksum of itself: a record torn by a power cut counts as not there.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import xxhash
+
+from cache.manifest import Manifest, canonical_json
+
+REASON_BYTES = 160  # of the reason's JSON text: longer ones are cut
+
+_CHECK = b',"check":"'
+_TAIL_BYTES = len(_CHECK) + 32 + len(b'"}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What the ledger says of one finished shard.
+
+    rows: (first, one past the last).
+    digests: per stack, one xxh3_128 hex digest per row, over the row's bytes in all views.
+    skipped: reason per row that has no features; its bytes are zeros.
+    """
+
+    shard: int
+    rows: tuple[int, int]
+    digests: Mapping[str, Sequence[str]]
+    skipped: Mapping[int, str]
+
+    def to_bytes(self, record_bytes: int) -> bytes:
+        """The record, padded with zeros to `record_bytes`."""
+        document = {
+            "shard": self.shard,
+            "rows": list(self.rows),
+            "digests": {stack: list(digests) for stack, digests in self.digests.items()},
+            "skipped": {str(row): _cut(reason) for row, reason in self.skipped.items()},
+        }
+        head = canonical_json(document).encode()[:-1]
+        record = head + _CHECK + xxhash.xxh3_128_hexdigest(head).encode() + b'"}'
+        assert len(record) <= record_bytes, (len(record), record_bytes)
+        return record.ljust(record_bytes, b"\0")
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self | None:
+        """Read a record; None when the shard is not done or the record is torn."""
+        record = data.rstrip(b"\0")
+        head, tail = record[:-_TAIL_BYTES], record[-_TAIL_BYTES:]
+        if tail != _CHECK + xxhash.xxh3_128_hexdigest(head).encode() + b'"}':
+            return None
+        document = json.loads(record)
+        first, end = document["rows"]
+        return cls(
+            shard=document["shard"],
+            rows=(first, end),
+            digests=document["digests"],
+            skipped={int(row): reason for row, reason in document["skipped"].items()},
+        )
+
+    def belongs_to(self, manifest: Manifest, shard: int) -> bool:
+        """Whether it describes that shard of that cache."""
+        rows = manifest.shard_rows(shard)
+        return (
+            (self.shard, self.rows) == (shard, (rows.start, rows.stop))
+            and set(self.digests) == {stack.name for stack in manifest.stacks}
+            and all(len(digests) == len(rows) for digests in self.digests.values())
+        )
+
+
+def record_bytes(manifest: Manifest) -> int:
+    """Length of every record: room for all digests, and for a reason on every row."""
+    rows = min(manifest.rows_per_shard, manifest.rows)
+    digests = sum(len(stack.name) + 8 + rows * 35 for stack in manifest.stacks)
+    skipped = rows * (REASON_BYTES + len(str(manifest.rows)) + 4)
+    return 256 + digests + skipped
+
+
+def read_record(data: bytes | None, manifest: Manifest, shard: int) -> Record | None:
+    """The record of a shard out of its bytes; None when absent, torn or of another shard."""
+    record = Record.from_bytes(data) if data else None
+    return record if record and record.belongs_to(manifest, shard) else None
+
+
+def _cut(reason: str) -> str:
+    while len(canonical_json(reason)) - 2 > REASON_BYTES:
+        reason = reason[:-1]
+    return reason

@@ -1,0 +1,191 @@
+"""Where a cache is: the backend of a path, and its creation, one file or folder at a time.
+
+The suffix chooses the backend. A cache appears under its name only when its layout is complete:
+it is built beside its place under a temporary name, made durable, locked, and renamed.
+"""
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache import files
+from cache.backend import Backend
+from cache.errors import (
+    CacheDamaged,
+    CacheError,
+    CacheLocked,
+    CacheNotFound,
+    FormatVersionError,
+    LocationError,
+)
+from cache.hdf5_backend import Hdf5Backend
+from cache.zarr_backend import ZarrBackend
+
+BACKENDS: dict[str, type[Backend]] = {".zarr": ZarrBackend, ".h5": Hdf5Backend}
+LITTER_SECONDS = 600  # a temporary name that nobody has locked for so long is a crash's leftover
+
+
+def backend_of(location: str | Path) -> type[Backend]:
+    """The backend class for a location. Raises LocationError for another suffix."""
+    path = Path(location)
+    if "://" in str(location):
+        raise LocationError(f"{location}: expected a local path, received a URL")
+    if path.suffix not in BACKENDS:
+        raise LocationError(
+            f"{location}: expected a folder name ending in .zarr or a file name ending in .h5, "
+            f"received suffix {path.suffix!r}"
+        )
+    return BACKENDS[path.suffix]
+
+
+def open_backend(location: str | Path) -> Backend:
+    """Read the layout of the cache at a location; no data are read.
+
+    Raises: LocationError, CacheNotFound, CacheDamaged, FormatVersionError.
+    """
+    kind, path = backend_of(location), Path(location).absolute()
+    if not path.exists():
+        raise CacheNotFound(f"{location}: there is no cache here; `extract` makes one")
+    expected = "folder" if kind is ZarrBackend else "file"
+    if path.is_dir() != (kind is ZarrBackend):
+        raise LocationError(f"{location}: expected a {expected} for suffix {kind.suffix}")
+    try:
+        return kind.open(path)
+    except CacheError as error:
+        if str(path) not in str(error):
+            error.args = (f"{location}: {error}", *error.args[1:])
+        raise
+
+
+def lock(path: Path, *, shared: bool = False) -> int:
+    """Take the writer's lock of a cache and return the descriptor that holds it.
+
+    Workers of one job share it. Raises CacheLocked when another writer has it.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    if files.try_lock(fd, shared=shared):
+        return fd
+    os.close(fd)
+    raise CacheLocked(
+        f"{path} is being written by another process: wait for it or stop it; "
+        "the lock goes away with the process, also when that is killed"
+    )
+
+
+def create(
+    location: Path,
+    document: dict[str, Any],
+    tables: Mapping[str, np.ndarray],
+    *,
+    shared: bool = False,
+) -> int:
+    """Create an empty cache and return the descriptor that holds its lock.
+
+    Raises FileExistsError when somebody else has created one in the meantime.
+    """
+    path = location.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
+    try:
+        backend_of(path).create(temporary, document, tables)
+        fd = lock(temporary, shared=shared)  # of the file itself: the rename keeps it
+        try:
+            _publish(temporary, path)
+        except BaseException:
+            os.close(fd)
+            raise
+    finally:
+        _delete(temporary)
+    files.sync_folder(path.parent)
+    return fd
+
+
+def remove(location: Path) -> None:
+    """Delete the cache at a location; refuses what does not look like one.
+
+    Raises: LocationError; CacheLocked when it is being written.
+    """
+    path = location.absolute()
+    fd = lock(path)
+    try:
+        _refuse_other_things(path)
+        doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
+        path.rename(doomed)
+        _delete(doomed)
+    finally:
+        os.close(fd)
+
+
+def is_there(location: Path) -> bool:
+    """Whether something stands at the location; an empty folder is as good as nothing."""
+    if location.is_dir():
+        return any(location.iterdir())
+    return location.exists()
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a finished layout its name; FileExistsError when the name is taken."""
+    if temporary.is_dir():
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileExistsError(f"{path} exists") from error
+            raise
+        return
+    try:
+        os.link(temporary, path)  # unlike a rename, never replaces
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(f"{path} exists") from None
+        temporary.rename(path)
+
+
+def _refuse_other_things(path: Path) -> None:
+    try:
+        open_backend(path)
+    except FormatVersionError:
+        pass  # a cache all the same
+    except CacheDamaged as error:
+        if not _was_a_cache(path):
+            raise LocationError(
+                f"{path} is not a sidecache cache, so it is not overwritten: "
+                "choose another name, or delete it yourself"
+            ) from error
+
+
+def _was_a_cache(path: Path) -> bool:
+    if path.is_dir():
+        root = path / "zarr.json"
+        return root.exists() and b'"sidecache"' in root.read_bytes()
+    head = files.read_at(path, 0, 2**20)
+    return head.startswith(b"\x89HDF") and b'"fingerprint"' in head
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Delete what a killed creation of this cache left behind."""
+    for litter in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):
+        with contextlib.suppress(OSError, CacheLocked):
+            if time.time() - litter.stat().st_mtime > LITTER_SECONDS:
+                fd = lock(litter)
+                _delete(litter)
+                os.close(fd)

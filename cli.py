@@ -1,0 +1,690 @@
+"""The command line: parse, call one library function, print. The only place that prints.
+
+stdout carries results (`--json` on every command that has one), stderr everything else. Exit
+codes: 0; 1 a known error, one line without traceback; 2 usage. Nothing heavy is imported before a
+command runs, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class CommaList(click.ParamType):
+    """`1e-3,3e-3` → [0.001, 0.003]. Lists of several flags multiply."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.name = f"{ {int: 'int', float: 'float', str: 'text'}[kind] },…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[Any]:
+        parts = value if isinstance(value, list | tuple) else str(value).split(",")
+        try:
+            return [self.kind(str(part).strip()) for part in parts]
+        except ValueError:
+            self.fail(f"{value!r}: expected {self.name.removesuffix(',…')}, or several with commas")
+
+
+class Names(CommaList):
+    """`train,val` → ("train", "val"); `none` → ()."""
+
+    def __init__(self) -> None:
+        super().__init__(str)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        names = tuple(super().convert(value, param, ctx))
+        return () if names == ("none",) else names
+
+
+class ImageSize(click.ParamType):
+    """`224` or `224x196` (height x width) → (224, 196)."""
+
+    name = "N|HxW"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        parts = value if isinstance(value, list | tuple) else str(value).lower().split("x")
+        if len(parts) not in (1, 2) or not all(str(part).isdigit() for part in parts):
+            self.fail(f"{value!r}: expected one side, or height x width, such as 224 or 224x196")
+        sides = [int(part) for part in parts]
+        return (sides[0], sides[-1])
+
+
+class Triple(click.ParamType):
+    """`0.5` or `0.485,0.456,0.406` → three floats."""
+
+    name = "X|R,G,B"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            parts = [float(part) for part in str(value).split(",")]
+        except ValueError:
+            parts = []
+        if len(parts) not in (1, 3):
+            self.fail(f"{value!r}: expected one number, or three with commas")
+        return tuple(parts * 3 if len(parts) == 1 else parts)
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
+        function
+    )
+
+
+def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Flags of every command that computes with torch."""
+    function = click.option(
+        "--amp/--no-amp",
+        default=None,
+        help="bfloat16 products, or float32 throughout.  [default: what the hardware does fast]",
+    )(function)
+    return click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+    )(function)
+
+
+def _load_config(ctx: click.Context, _param: click.Parameter, path: str | None) -> None:
+    if path is None:
+        return
+    from pipeline.config import read_yaml
+    from pipeline.errors import SettingError
+
+    known = [p.name for p in ctx.command.params if p.name not in ("config", "as_json")]
+    try:
+        values = read_yaml(path, [str(name) for name in known])
+    except SettingError as error:
+        raise click.UsageError(str(error)) from None
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    is_eager=True,
+    expose_value=False,
+    callback=_load_config,
+    help="YAML file of defaults (flag: value); flags on the command line win.",
+)
+
+
+class Sidecache(click.Group):
+    """Turns known errors into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail(
+                "interrupted; what was finished is kept, the same command goes on from there", 130
+            )
+        except BrokenPipeError:
+            raise SystemExit(1) from None
+        except Exception as error:
+            if not _known(error):
+                raise
+            _fail(str(error), 1)
+
+
+def _known(error: Exception) -> bool:
+    """Whether our own trees raised it; looked up by name, so as not to import them for `--help`."""
+    roots = (("cache.errors", "CacheError"), ("pipeline.errors", "PipelineError"))
+    trees = tuple(
+        getattr(sys.modules[module], name) for module, name in roots if module in sys.modules
+    )
+    return isinstance(error, trees)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"sidecache: {message}", err=True)
+    raise SystemExit(code)
+
+
+@click.group(cls=Sidecache, context_settings=CONTEXT)
+@click.version_option(package_name="sidecache", message="%(prog)s %(version)s")
+def main() -> None:
+    """Cache a frozen vision transformer's layers once; train side networks from the cache alone.
+
+    \b
+      sidecache extract photos/ --model vit_base_patch16_224 --out photos.zarr
+      sidecache train photos.zarr --method last --out runs/last
+      sidecache evaluate runs/last
+      sidecache predict runs/last new_photos/
+    """
+
+
+# --- stage one --------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("images")
+@click.option("--model", required=True, help="timm's name of a plain ViT (`sidecache models`).")
+@click.option("--out", required=True, help="The cache: a folder F.zarr or a file F.h5.")
+@click.option("--weights", type=click.Path(), help="Weights from a file, not the hub.")
+@click.option("--pretrained/--no-pretrained", default=True, help="Random weights, from --seed.")
+@click.option("--split", type=Names(), help="Only these splits, e.g. train,val.")
+@click.option("--data-dir", help="Where a timm dataset string finds its files.")
+@click.option("--taps", default="all", show_default=True, help="all, 0,3,6, every:N or last:N.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Storage type.",
+)
+@click.option("--img-size", type=ImageSize(), help="Input side.  [default: the model's own]")
+@click.option("--crop-pct", type=float, help="Share kept by the centre crop.")
+@click.option("--crop-mode", type=click.Choice(["center", "squash", "border"]))
+@click.option("--interpolation", help="bicubic, bilinear, …")
+@click.option("--mean", type=Triple(), help="Normalisation mean.")
+@click.option("--std", type=Triple(), help="Normalisation deviation.")
+@click.option("-b", "--batch-size", default=64, show_default=True)
+@click.option("-j", "--workers", default=2, show_default=True, help="Decoding processes.")
+@compute_options
+@click.option("--seed", default=0, show_default=True, help="Of --no-pretrained's weights.")
+@click.option(
+    "--on-error",
+    type=click.Choice(["raise", "skip"]),
+    default="raise",
+    show_default=True,
+    help="What an unreadable image does.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a cache of another identity.")
+@json_option
+@config_option
+def extract(as_json: bool, **values: Any) -> None:
+    """Run the frozen backbone over IMAGES once and write its layers' tokens to a cache.
+
+    IMAGES is a folder with a folder per class (or train/, val/, test/ above those), a CSV with
+    path,label[,split], a VTAB-1K task folder, a .tar, or a timm dataset string. Run the same
+    command again to continue after an interruption; a complete cache is left alone.
+
+    \b
+    Example:
+      sidecache extract photos/ --model vit_base_patch16_224 --out photos.zarr
+    """
+    _prepare_torch()
+    from pipeline import extract as stage
+    from pipeline.config import ExtractConfig
+
+    config = ExtractConfig(**values)
+    with Progress() as progress:
+
+        def report(record: Any) -> None:
+            match record:
+                case stage.Hashed(done=done, total=total):
+                    progress.update("hashing", done, total)
+                case stage.Plan():
+                    if record.pending_rows:
+                        progress.note(_plan_line(record, config))
+                case stage.Extracted(rows=rows, total=total, bytes=size, seconds=seconds):
+                    detail = f"{rows / max(seconds, 1e-9):,.0f} images/s, {_gb(size)} written"
+                    progress.update("extracting", rows, total, detail)
+                case stage.Skipped(key=key, reason=reason):
+                    progress.note(f"skipped {key}: {reason}")
+
+        result = stage.extract(config, report)
+    if as_json:
+        keys = ("rows", "bytes", "complete", "fingerprint", "content")
+        fields = {key: getattr(result, key) for key in keys}
+        extra = ("seconds", "images_per_second", "extracted_rows", "skipped", "legs")
+        _print_json({**fields, **{key: getattr(result, key) for key in extra}})
+        return
+    if not result.extracted_rows:
+        click.echo(f"{config.out}: already complete, nothing to do ({result.rows:,} rows)")
+        return
+    click.echo(
+        f"{config.out}: {result.rows:,} rows, {_gb(result.bytes)}, "
+        f"{result.images_per_second:,.0f} images/s, fingerprint {result.fingerprint[:12]}"
+    )
+    if result.skipped:
+        click.echo(f"{len(result.skipped)} unreadable images skipped; `inspect` lists them")
+    total = sum(result.legs.values()) or 1.0
+    shares = ", ".join(f"{leg} {value / total:.0%}" for leg, value in result.legs.items())
+    click.echo(f"{result.seconds:.1f} s, spent waiting for: {shares}", err=True)
+
+
+def _plan_line(plan: Any, config: Any) -> str:
+    resumed = plan.rows - plan.pending_rows
+    already = f" ({resumed:,} of {plan.rows:,} rows already there)" if resumed else ""
+    return (
+        f"{config.model} on {plan.device}, {plan.precision}: {plan.pending_rows:,} images{already}, "
+        f"taps {plan.taps[0]}…{plan.taps[-1]} ({len(plan.taps)} x {plan.tokens} x {plan.dim}), "
+        f"{_gb(plan.bytes)} of {config.dtype} to {config.out}"
+    )
+
+
+@main.command()
+@click.argument("cache")
+@json_option
+def inspect(cache: str, as_json: bool) -> None:
+    """Say what a cache is: identity, shapes, bytes, splits, and whether it is complete.
+
+    \b
+    Example:
+      sidecache inspect photos.zarr --json
+    """
+    from cache import inspect as inspect_cache
+
+    found = inspect_cache(cache)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    state = "complete" if found.complete else f"INCOMPLETE: {found.rows_done:,} rows done"
+    lines = [
+        ("cache", f"{cache} ({found.format}), {state}"),
+        ("rows", f"{found.rows:,} x {found.views} view, {_gb(found.bytes)} of {found.storage}"),
+    ]
+    for stack in found.stacks:
+        taps = stack["taps"]
+        shape = f"{len(taps)} taps x {stack['tokens']} tokens x {stack['dim']}"
+        each = found.bytes / max(found.rows, 1)
+        lines.append((f"stack {stack['name']}", f"{shape} ({each:,.0f} bytes a row)"))
+        lines.append(("taps", " ".join(taps)))
+    lines.append(("splits", ", ".join(f"{k} {v:,}" for k, v in found.splits.items())))
+    for name, classes in found.targets.items():
+        few = list(classes.items())[:8]
+        more = f", … {len(classes) - 8} more" if len(classes) > 8 else ""
+        counts = ", ".join(f"{k} {v:,}" for k, v in few)
+        lines.append((f"target {name}", f"{len(classes)} classes: {counts}{more}"))
+    lines += [(f"skipped row {row}", reason) for row, reason in found.skipped.items()]
+    lines += list(_flatten(found.identity))
+    lines += [("fingerprint", found.fingerprint), ("content", found.content or "(incomplete)")]
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        click.echo(f"{name:<{width}}  {text}")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif name != "taps":
+            yield prefix + name, str(value)
+
+
+@main.command()
+@click.argument("cache")
+@json_option
+def verify(cache: str, as_json: bool) -> None:
+    """Recompute every checksum of a cache; name the files and rows that are damaged.
+
+    Exits with 1 if anything is damaged.
+
+    \b
+    Example:
+      sidecache verify photos.zarr
+    """
+    from cache import verify as verify_cache
+
+    with Progress() as progress:
+        result = verify_cache(
+            cache,
+            lambda r: progress.update(
+                "verifying", r.rows_done, r.rows, f"{_gb(r.bytes_done)} read"
+            ),
+        )
+    if as_json:
+        damaged = [{**vars(d), "file": str(d.file)} for d in result.damaged]
+        _print_json(
+            {"ok": result.ok, "rows": result.rows, "bytes": result.bytes, "damaged": damaged}
+        )
+    else:
+        for damage in result.damaged:
+            click.echo(str(damage))
+        verdict = "no damage" if result.ok else f"{len(result.damaged)} damaged"
+        click.echo(f"{cache}: {result.rows:,} rows, {_gb(result.bytes)} read, {verdict}")
+    if not result.ok:
+        raise SystemExit(1)
+
+
+# --- stage two --------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("cache")
+@click.option("--method", type=CommaList(str), required=True, help="last, linear.")
+@click.option("--out", required=True, help="The run directory to make, or to continue.")
+@click.option("--train-split", type=Names(), default="train", show_default=True)
+@click.option("--val-split", type=Names(), default="val", show_default=True, help="Or none.")
+@click.option("--lr", type=CommaList(float), help="Learning rate.")
+@click.option("--weight-decay", type=CommaList(float), help="Not on biases and norms.")
+@click.option("--epochs", type=CommaList(int), help="With the warm-up.")
+@click.option("--warmup-epochs", type=CommaList(int))
+@click.option("--sched", type=CommaList(str), help="cosine or constant.")
+@click.option("--drop-path", type=CommaList(float), help="Of each residual branch and image.")
+@click.option("--smoothing", type=CommaList(float), help="Label smoothing.")
+@click.option("--seed", type=CommaList(int), help="Initialisation and drop-path.")
+@click.option("--pool", type=CommaList(str), help="mean (of patch tokens) or cls.")
+@click.option("--rank", type=CommaList(int), help="last: R.")
+@click.option("--gap", type=CommaList(int), help="last: blocks per group.")
+@click.option("--depth", type=CommaList(int), help="last: modules per group.")
+@click.option("--heads", type=CommaList(int), help="last: attention heads.")
+@click.option("-b", "--batch-size", default=32, show_default=True, help="Of the pass.")
+@click.option("--order-seed", default=0, show_default=True, help="Order of batches, of the pass.")
+@click.option(
+    "--resident",
+    type=click.Choice(["auto", "device", "ram", "disk"]),
+    default="auto",
+    show_default=True,
+    help="Where the features live.",
+)
+@compute_options
+@click.option("--overwrite", is_flag=True, help="Replace another run in --out.")
+@json_option
+@config_option
+def train(
+    cache: str,
+    method: list[str],
+    out: str,
+    train_split: tuple[str, ...],
+    val_split: tuple[str, ...],
+    batch_size: int,
+    order_seed: int,
+    resident: str,
+    device: str,
+    amp: bool | None,
+    overwrite: bool,
+    as_json: bool,
+    **axes: list[Any] | None,
+) -> None:
+    """Train side networks from CACHE alone; no backbone is loaded.
+
+    Every setting takes a comma list, and lists multiply: all members train in one pass. Settings
+    left out come from the method's recipe (docs/methods.md). The same command continues a killed
+    run.
+
+    \b
+    Example:
+      sidecache train photos.zarr --method last --lr 1e-3,4e-3 --out runs/last
+    """
+    _prepare_torch()
+    from pipeline import train as stage
+    from pipeline.config import TrainConfig
+    from pipeline.members import make_members
+
+    chosen = {name: values for name, values in axes.items() if values is not None}
+    config = TrainConfig(
+        cache=cache,
+        out=out,
+        members=make_members(method, chosen),
+        train_split=train_split,
+        val_split=val_split,
+        batch_size=batch_size,
+        order_seed=order_seed,
+        resident=resident,
+        device=device,
+        amp=amp,
+        overwrite=overwrite,
+    )
+    with Progress() as progress:
+
+        def report(record: Any) -> None:
+            match record:
+                case stage.Loading(rows=rows, total=total):
+                    progress.update("loading features", rows, total)
+                case stage.Start():
+                    progress.note(_start_line(record))
+                case stage.EpochDone(epoch=epoch, epochs=epochs):
+                    scored = "" if record.val_top1 is None else f", val {record.val_top1:.1%}"
+                    detail = f"loss {record.train_loss:.3f}{scored}"
+                    progress.update("training", epoch, epochs, detail)
+                case stage.MemberStopped(id=member, epoch=epoch, step=step):
+                    progress.note(
+                        f"member {member}: loss not finite at step {step} (epoch {epoch}); "
+                        f"it stops, the others go on"
+                    )
+
+        result = stage.train(config, report)
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+        return
+    if not result.epochs_trained:
+        click.echo(f"{out}: already finished, nothing to do")
+    _print_table(result.members)
+    if result.epochs_trained:
+        click.echo(
+            f"{out}: {result.seconds:.1f} s, {result.images_per_second:,.0f} images/s. "
+            f"Next: sidecache evaluate {shlex.quote(out)}",
+            err=True,
+        )
+
+
+def _start_line(start: Any) -> str:
+    again = f", continuing after epoch {start.epochs_done}" if start.epochs_done else ""
+    members = "1 member" if start.members == 1 else f"{start.members} members"
+    where = "on disk" if start.resident == "disk" else f"in {start.resident}"
+    return (
+        f"{members}, {start.parameters:,} parameters, {start.train_rows:,} + {start.val_rows:,} "
+        f"rows on {start.device}, {start.precision}; features {where}, {_gb(start.bytes)}; "
+        f"about {start.seconds_per_epoch:.2g} s an epoch{again}"
+    )
+
+
+def _print_table(members: list[Any]) -> None:
+    """Leaderboard: the settings that differ between members, best validation first."""
+    names = list(dict.fromkeys(name for member in members for name in member.settings))
+    if len(members) == 1:
+        shown = [n for n in names if n in ("rank", "gap", "depth", "pool", "lr", "epochs", "seed")]
+    else:
+        shown = [n for n in names if len({str(m.settings.get(n)) for m in members}) > 1]
+    header = ["id", "method", *shown, "parameters", "val top-1", "val loss", ""]
+    ranked = sorted(members, key=lambda m: (-(m.val_top1 or 0), m.val_loss or 0))
+    rows = [
+        [
+            m.id,
+            m.method,
+            *(str(m.settings.get(name, "")) for name in shown),
+            f"{m.parameters:,}",
+            "" if m.val_top1 is None else f"{m.val_top1:.2%}",
+            "" if m.val_loss is None else f"{m.val_loss:.3f}",
+            m.stopped or "",
+        ]
+        for m in ranked
+    ]
+    _echo_columns(header, rows)
+
+
+def _echo_columns(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    for line in [header, *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
+
+
+@main.command()
+@click.argument("run")
+@click.argument("images", required=False)
+@click.option("--member", help="Member id.  [default: the best on validation]")
+@click.option("--cache", help="Another cache than the run's own.")
+@click.option("--split", type=Names(), default="test", show_default=True)
+@click.option("--weights", type=click.Path(), help="Backbone weights, with IMAGES.")
+@click.option("-b", "--batch-size", default=64, show_default=True, help="With IMAGES.")
+@click.option("-j", "--workers", default=2, show_default=True, help="With IMAGES.")
+@compute_options
+@json_option
+def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None:
+    """Score a trained member of RUN on a split: from the cache, or live from IMAGES.
+
+    What is measured is also appended to RUN/evaluations.jsonl.
+
+    \b
+    Example:
+      sidecache evaluate runs/last --split test
+    """
+    _prepare_torch()
+    from pipeline.evaluate import evaluate as evaluate_run
+
+    with Progress() as progress:
+        result = evaluate_run(
+            run,
+            images=images,
+            report=lambda r: progress.update("evaluating", r.rows, r.total),
+            **values,
+        )
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+        return
+    click.echo(
+        f"{run} {result.member}, {'+'.join(result.split)}{' (live)' if result.live else ''}: "
+        f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}, "
+        f"n = {result.n:,}"
+    )
+
+
+@main.command()
+@click.argument("run")
+@click.argument("photos", nargs=-1, required=True)
+@click.option("--top-k", default=5, show_default=True)
+@click.option("--csv", "csv_file", type=click.Path(dir_okay=False), help="Write a CSV instead.")
+@click.option("--member", help="Member id.  [default: the best on validation]")
+@click.option("--weights", type=click.Path(), help="Backbone weights from a file.")
+@click.option("-b", "--batch-size", default=64, show_default=True)
+@click.option("-j", "--workers", default=0, show_default=True, help="Decoding processes.")
+@compute_options
+@json_option
+def predict(
+    run: str, photos: tuple[str, ...], csv_file: str | None, as_json: bool, **values: Any
+) -> None:
+    """Classify PHOTOS (files or folders) with a trained member of RUN.
+
+    A photograph that cannot be read is named on stderr, the others go on; the exit code is then 1.
+
+    \b
+    Example:
+      sidecache predict runs/last holiday/ --top-k 3 --csv holiday.csv
+    """
+    _prepare_torch()
+    from pipeline.predict import predict as predict_photos
+
+    with Progress() as progress:
+        found = predict_photos(
+            run, photos, report=lambda d, t: progress.update("predicting", d, t), **values
+        )
+    read = [prediction for prediction in found if prediction.error is None]
+    if csv_file:
+        with Path(csv_file).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "rank", "class", "probability"])
+            for p in read:
+                ranked = enumerate(zip(p.classes, p.probabilities, strict=True), start=1)
+                writer.writerows([p.path, rank, c, f"{q:.6f}"] for rank, (c, q) in ranked)
+    if as_json:
+        keys = ("path", "classes", "probabilities")
+        _print_json([{key: getattr(p, key) for key in keys} for p in read])
+    elif csv_file:
+        click.echo(f"{csv_file}: {len(read):,} photographs")
+    else:
+        for p in read:
+            ranked = zip(p.classes, p.probabilities, strict=True)
+            click.echo(f"{p.path}: " + ", ".join(f"{name} {value:.1%}" for name, value in ranked))
+    for p in found:
+        if p.error is not None:
+            click.echo(f"sidecache: {p.error}", err=True)
+    if len(read) < len(found):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("pattern", default="")
+def models(pattern: str) -> None:
+    """List timm's plain vision transformers whose names match PATTERN.
+
+    \b
+    Example:
+      sidecache models '*dinov2*'
+    """
+    from pipeline.backbone import list_models
+
+    for name in list_models(pattern):
+        click.echo(name)
+
+
+# --- printing ---------------------------------------------------------------------------------
+
+
+class Progress:
+    """A progress bar on a terminal, a plain line every few seconds elsewhere; always on stderr."""
+
+    SECONDS = 5.0
+
+    def __enter__(self) -> Progress:
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._begin: dict[str, float] = {}
+        self._last = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, what: str, done: int, total: int, detail: str = "") -> None:
+        begin = self._begin.setdefault(what, time.monotonic())
+        if sys.stderr.isatty():
+            self._draw(what, done, total, detail)
+        elif time.monotonic() - self._last >= self.SECONDS:
+            self._last = time.monotonic()
+            left = (self._last - begin) / max(done, 1) * (total - done)
+            told = f", {detail}" if detail else ""
+            click.echo(f"{what} {done:,} of {total:,}{told}, {_clock(left)} left", err=True)
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            click.echo(text, err=True)
+
+    def _draw(self, what: str, done: int, total: int, detail: str) -> None:
+        if self._bar is None:
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[detail]}", markup=False),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total, detail=detail)
+        self._bar.update(self._tasks[what], completed=done, total=total, detail=detail)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _prepare_torch() -> None:
+    """Process-wide settings, made by the process that owns itself and by nobody else."""
+    from pipeline.device import keep_freed_memory
+
+    keep_freed_memory()
+
+
+if __name__ == "__main__":
+    main(prog_name="sidecache")

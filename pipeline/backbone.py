@@ -1,0 +1,333 @@
+"""The frozen backbone: a timm ViT, its taps, its preprocessing, its identity.
+
+The only file that builds timm models. Taps are read with forward hooks on `model.blocks`, so any
+timm model made of a plain run of blocks works (class, distillation and register tokens, average
+pooling, rotary embeddings, EVA, CLIP and SigLIP towers) and no forward pass is copied here:
+
+    z0 = tokens as they enter the first block; zi = raw output of block i, before any final norm.
+
+What this file does not know: caches, side networks, tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from pipeline.errors import BackboneError, SettingError
+
+Sink = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes a (3, H, W) tensor; timm's evaluation transform and its names."""
+
+    img_size: tuple[int, int]
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """From `asdict`, as JSON returns it (lists for tuples)."""
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**plain)
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """timm's deterministic evaluation transform: RGB image → (3, H, W) float32."""
+        return create_transform(
+            input_size=(3, *self.img_size),
+            is_training=False,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalNorm:
+    """The backbone's own final norm as constants; weight and bias (D,) float32 or None."""
+
+    kind: str
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Backbone:
+    """A frozen timm model in evaluation mode on one device.
+
+    Attributes: `name` (timm's, with the pretrained tag), `blocks` L, `tokens` T (prefix first),
+    `prefix_tokens`, `dim` D, `preprocessing`, `final_norm`, `weights_sha256`.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, name: str, preprocessing: Preprocessing, device: torch.device
+    ) -> None:
+        blocks = getattr(model, "blocks", None)
+        if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+            raise BackboneError(
+                f"{name}: expected a plain vision transformer with a run of blocks, came "
+                f"{type(model).__name__}, which has none. `sidecache models` lists what works."
+            )
+        self.name = name
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.preprocessing = preprocessing
+        self.device = device
+        self.blocks = len(blocks)
+        self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
+        self.weights_sha256 = _weights_sha256(model)
+        self.final_norm = _final_norm(model, name)
+        self._wanted: dict[int, int] = {i: i for i in range(self.blocks + 1)}
+        self._sink: Sink | None = None
+        blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        for number, block in enumerate(blocks, start=1):
+            block.register_forward_hook(lambda _m, _i, out, n=number: self._leave(n, out))
+        self.tokens, self.dim = self._measure()
+
+    def keep(self, taps: Sequence[str]) -> None:
+        """Read only these taps from now on; blocks after the deepest are not run at all."""
+        numbers = [int(tap[1:]) for tap in taps]
+        self._wanted = {number: position for position, number in enumerate(numbers)}
+        self.model.blocks = self.model.blocks[: max(1, *numbers)]  # type: ignore[index]
+
+    def read_taps(self, images: Tensor, sink: Sink, *, precision: torch.dtype) -> None:
+        """Run (B, 3, H, W) through the blocks; `sink(position, tokens (B, T, D))` for each tap.
+
+        `precision` float32 computes as it is; another type means autocast to it.
+        """
+        self._sink = sink
+        try:
+            with (
+                torch.inference_mode(),
+                torch.autocast(
+                    self.device.type, dtype=precision, enabled=precision != torch.float32
+                ),
+            ):
+                self.model.forward_features(images)  # type: ignore[operator]
+        finally:
+            self._sink = None
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._leave(0, args[0] if args else kwargs["x"])
+
+    def _leave(self, number: int, tokens: Tensor) -> None:
+        if self._sink is not None and number in self._wanted:
+            self._sink(self._wanted[number], tokens)
+
+    def _measure(self) -> tuple[int, int]:
+        shapes: dict[int, torch.Size] = {}
+        blank = torch.zeros(1, 3, *self.preprocessing.img_size, device=self.device)
+        self.read_taps(blank, lambda i, x: shapes.update({i: x.shape}), precision=torch.float32)
+        unequal = {tuple(shape) for shape in shapes.values()}
+        if len(unequal) != 1 or len(next(iter(unequal))) != 3:
+            raise BackboneError(
+                f"{self.name}: expected every tap to be (batch, tokens, dim) of one shape, came "
+                f"{sorted(unequal)}"
+            )
+        _, tokens, dim = next(iter(unequal))
+        return tokens, dim
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these features from another backbone's: part of the cache's fingerprint."""
+        return {"name": self.name, "weights_sha256": self.weights_sha256}
+
+
+def load_backbone(
+    name: str,
+    *,
+    device: torch.device,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
+    preprocessing: dict[str, Any] | None = None,
+) -> Backbone:
+    """Build a timm model, load its weights strictly, freeze it.
+
+    `weights` is a file (safetensors, pth, npz) used instead of the hub; `pretrained=False` draws
+    weights from `seed`. `preprocessing` overrides fields of the model's own `Preprocessing`
+    (None values are ignored). Raises BackboneError (unknown name, weights that do not fit, hub
+    out of reach) and SettingError (a preprocessing value that cannot be).
+    """
+    if not timm.is_model(name):
+        raise BackboneError(_unknown_model(name))
+    overrides = {k: v for k, v in (preprocessing or {}).items() if v is not None}
+    size = overrides.get("img_size")
+    shape = {"img_size": size if size is None or len(set(size)) > 1 else size[0]} if size else {}
+    with torch.random.fork_rng(devices=[]), _quiet_timm():
+        torch.manual_seed(seed)
+        if weights is not None:
+            model = _with_weights_file(name, Path(weights), shape)
+        else:
+            model = _build(name, pretrained=pretrained, **shape)
+    data = resolve_model_data_config(model)
+    own = Preprocessing(
+        img_size=tuple(size or data["input_size"][1:]),
+        crop_pct=float(data["crop_pct"]),
+        crop_mode=data["crop_mode"],
+        interpolation=data["interpolation"],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+    )
+    unknown = set(overrides) - {field.name for field in fields(Preprocessing)}
+    if unknown:
+        raise SettingError(f"preprocessing has no field {', '.join(sorted(unknown))}")
+    model.reset_classifier(0)  # type: ignore[operator]
+    tag = getattr(model, "pretrained_cfg", {}).get("tag") or ""
+    full = name if "." in name or weights is not None or not pretrained else f"{name}.{tag}"
+    return Backbone(
+        model,
+        name=full.removesuffix("."),
+        preprocessing=replace(own, **overrides),
+        device=device,
+    )
+
+
+def preprocessing_dict(preprocessing: Preprocessing) -> dict[str, Any]:
+    """As JSON holds it: lists for tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(preprocessing).items()}
+
+
+def list_models(pattern: str = "") -> list[str]:
+    """Names of timm's vision transformers of one token shape that match, as `extract` takes them.
+
+    Judged by architecture family, without building each model.
+    """
+    modules = ("vision_transformer", "deit", "eva", "beit")
+    wanted = f"*{pattern}*" if pattern and "*" not in pattern else pattern
+    return [
+        name
+        for module in modules
+        for name in timm.list_models(wanted, module=module, pretrained=True)
+    ]
+
+
+def _build(name: str, **arguments: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise BackboneError(f"{name} does not take {', '.join(arguments)}: {error}") from error
+    except (AssertionError, ValueError) as error:
+        raise SettingError(f"{name}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise BackboneError(
+            f"{name}: the pretrained weights could not be loaded ({_gist(error)}). "
+            f"Without a way to the hub, give a file with --weights, or --no-pretrained for "
+            f"random weights."
+        ) from error
+
+
+def _with_weights_file(name: str, path: Path, shape: dict[str, Any]) -> nn.Module:
+    """Through timm's own loader, which knows every format's renames; strict about the keys.
+
+    timm loads strictly only if the number of classes is the file's, so that is read first.
+    """
+    if not path.is_file():
+        raise BackboneError(f"--weights {path}: there is no such file")
+    overlay: dict[str, Any] = {"file": str(path), "label_offset": 0}
+    candidates: Iterable[int | None] = [None]
+    if path.suffix == ".npz":
+        overlay["custom_load"] = True
+    else:
+        candidates = _class_counts(name, path)
+    errors: list[Exception] = []
+    for classes in candidates:
+        count: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+        try:
+            return timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay={**overlay, **count}, **count, **shape
+            )
+        except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            errors.append(error)
+    raise BackboneError(
+        f"--weights {path} does not fit {name}: {_gist(errors[0])}. "
+        f"Expected a safetensors, pth or npz file with that model's weights."
+    ) from errors[0]
+
+
+def _class_counts(name: str, path: Path) -> list[int | None]:
+    """Numbers of classes to try: the file's own if it has a classifier, timm's default, none."""
+    try:
+        state = timm.models.load_state_dict(str(path))
+    except Exception as error:  # safetensors, pickle and zip each raise their own
+        raise BackboneError(
+            f"--weights {path}: expected a safetensors, pth or npz file, could not read it "
+            f"({_gist(error)})"
+        ) from error
+    classifier = timm.get_pretrained_cfg_value(name, "classifier") or "head"
+    first = classifier if isinstance(classifier, str) else classifier[0]
+    weight = state.get(f"{first}.weight")
+    return [len(weight)] if weight is not None else [None, 0]
+
+
+def _final_norm(model: nn.Module, name: str) -> FinalNorm:
+    """`norm` if the model has one, else `fc_norm` (average-pooled models norm after the pool)."""
+    for attribute in ("norm", "fc_norm"):
+        norm = getattr(model, attribute, None)
+        if norm is None or isinstance(norm, nn.Identity):
+            continue
+        kind = "rms" if "RMS" in type(norm).__name__ else "layer"
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        if not hasattr(norm, "eps"):
+            raise BackboneError(
+                f"{name}: the final norm is a {type(norm).__name__}; expected LayerNorm or RMSNorm"
+            )
+        return FinalNorm(
+            kind=kind,
+            eps=float(norm.eps),
+            weight=None if weight is None else weight.detach().float().cpu().clone(),
+            bias=None if bias is None else bias.detach().float().cpu().clone(),
+        )
+    return FinalNorm(kind="none", eps=0.0, weight=None, bias=None)
+
+
+def _weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes, in order of name: the same from any file."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _unknown_model(name: str) -> str:
+    close = timm.list_models(f"*{name.split('.')[0]}*")[:5] or timm.list_models("vit_*")[:5]
+    return f"timm has no model {name!r}; close to it: {', '.join(close)}. See `sidecache models`."
+
+
+def _gist(error: Exception) -> str:
+    """The gist of another library's message: its first two lines, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    gist = " ".join(lines[:2]).rstrip(". ") or type(error).__name__
+    return gist if len(gist) <= 200 else gist[:200].rsplit(" ", 1)[0] + " …"
+
+
+class _quiet_timm:
+    """timm and the hub's client log while they load; what matters comes as an exception."""
+
+    def __enter__(self) -> None:
+        self._loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.CRITICAL)
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,230 @@
+"""The run directory: what a training pass leaves behind, and how it goes on after being killed.
+
+    config.yaml        what was asked, every default written out
+    environment.json   versions, device, cache fingerprint
+    metrics.jsonl      one line a member and epoch
+    checkpoint.pt      all members' parameters and moments, at the end of an epoch (until finished)
+    summary.csv        one line a member; its presence means that the run is finished
+    members/<id>/      adapter_model.safetensors + adapter_config.json: a member by itself
+
+A member carries all that its use needs: settings, classes, feature shape, the frozen final norm,
+and the backbone's identity and preprocessing. Every file is written beside itself and renamed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.config import TrainConfig
+from pipeline.errors import RunError
+from pipeline.side import METHODS, FeatureSpec, SideNetwork
+
+CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
+CHECKPOINT, SUMMARY, MEMBERS = "checkpoint.pt", "summary.csv", "members"
+_NORM_WEIGHT, _NORM_BIAS = "final_norm.weight", "final_norm.bias"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedMember:
+    """One member read back: `network` has K = 1; `card` is its adapter_config.json."""
+
+    id: str
+    network: SideNetwork
+    card: dict[str, Any]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of the logits."""
+        return self.card["classes"]
+
+
+class Run:
+    """One run directory."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / SUMMARY).exists()
+
+    def begin(self, config: TrainConfig, environment: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Make the directory, or find the same run in it; its checkpoint if there is one.
+
+        Raises RunError if the directory holds another run, naming what differs, or anything else.
+        """
+        if config.overwrite and (self.path / CONFIG).exists():
+            shutil.rmtree(self.path)
+        if (self.path / CONFIG).exists():
+            self._refuse_another(config, environment["fingerprint"])
+            checkpoint = self.path / CHECKPOINT
+            if not checkpoint.exists():
+                return None
+            return torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if self.path.exists() and any(self.path.iterdir()):
+            raise RunError(
+                f"{self.path}: expected a new or empty folder for the run, or one that `train` "
+                f"made; it holds other files. Choose another --out."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
+        self._write(CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        return None
+
+    def config(self) -> TrainConfig:
+        """The configuration that the run was made with. RunError if this is no run."""
+        if not (self.path / CONFIG).exists():
+            raise RunError(f"{self.path}: expected a run directory made by `train` (no {CONFIG})")
+        return TrainConfig.from_dict(yaml.safe_load((self.path / CONFIG).read_text()))
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        partial = self.path / f"{CHECKPOINT}.partial"
+        torch.save(state, partial)
+        partial.replace(self.path / CHECKPOINT)
+
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Replace metrics.jsonl: on resume, lines after the checkpoint must go."""
+        self._write(METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def append_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        with (self.path / METRICS).open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.path / METRICS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write summary.csv, which makes the run finished, and drop the checkpoint."""
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._write(SUMMARY, text.getvalue())
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+
+    def summary(self) -> list[dict[str, str]]:
+        """The lines of summary.csv. RunError if the run is not finished."""
+        if not self.finished:
+            raise RunError(
+                f"{self.path}: this run is not finished; the same `train` command continues it"
+                if (self.path / CONFIG).exists()
+                else f"{self.path}: expected a run directory made by `train`"
+            )
+        with (self.path / SUMMARY).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def save_member(
+        self, member_id: str, network: SideNetwork, position: int, card: Mapping[str, Any]
+    ) -> None:
+        """Write member `position` of a network of K as a network of one."""
+        tensors: dict[str, Tensor] = {
+            name: parameter.detach()[position : position + 1].cpu().contiguous().clone()
+            for name, parameter in network.named_parameters()
+        }
+        spec = asdict(network.spec)
+        for name, key in ((_NORM_WEIGHT, "norm_weight"), (_NORM_BIAS, "norm_bias")):
+            constant = spec.pop(key)
+            if constant is not None:
+                tensors[name] = constant.cpu().clone()
+        folder = self.path / MEMBERS / member_id
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "adapter_model.partial"
+        save_file(tensors, partial, metadata={"format": "pt", "method": network.method})
+        partial.replace(folder / "adapter_model.safetensors")
+        text = json.dumps({**card, "features": spec}, indent=1) + "\n"
+        self._write(f"{MEMBERS}/{member_id}/adapter_config.json", text)
+
+    def best_member(self) -> str:
+        """The member with the best validation top-1, lower loss first among equals; the first
+        one if nothing was validated. Test numbers cannot enter: they are not in the summary."""
+        rows = self.summary()
+
+        def rank(row: dict[str, str]) -> tuple[float, float]:
+            if not row.get("val_top1"):
+                return (0.0, 0.0)
+            return (-float(row["val_top1"]), float(row["val_loss"]))
+
+        return min(rows, key=rank)["id"]
+
+    def load_member(self, member_id: str | None, device: torch.device) -> TrainedMember:
+        """A member of a finished run (None: the best on validation). RunError if unknown."""
+        member_id = member_id or self.best_member()
+        folder = self.path / MEMBERS / member_id
+        if not (folder / "adapter_config.json").exists():
+            known = sorted(path.name for path in (self.path / MEMBERS).glob("*"))
+            raise RunError(
+                f"{self.path}: no member {member_id!r}; it has {', '.join(known) or 'none'}"
+            )
+        card = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        features = {**card["features"], "taps": tuple(card["features"]["taps"])}
+        spec = FeatureSpec(
+            **features,
+            norm_weight=tensors.pop(_NORM_WEIGHT, None),
+            norm_bias=tensors.pop(_NORM_BIAS, None),
+        )
+        method = METHODS[card["method"]]
+        network = method(spec, method.settings_class(**card["settings"]), [0])
+        parameters = dict(network.named_parameters())
+        if parameters.keys() != tensors.keys():
+            raise RunError(f"{folder}: the weights are not those of a {card['method']} network")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+        return TrainedMember(id=member_id, network=network.to(device).eval(), card=card)
+
+    def write_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Append to evaluations.jsonl what `evaluate` measured."""
+        with (self.path / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _refuse_another(self, config: TrainConfig, fingerprint: str) -> None:
+        mine, theirs = config.progress_key(), self.config().progress_key()
+        differing = [
+            f"{name}: {theirs.get(name)!r} there, {mine[name]!r} asked for"
+            for name in mine
+            if mine[name] != theirs.get(name)
+        ]
+        before = json.loads((self.path / ENVIRONMENT).read_text())["fingerprint"]
+        if before != fingerprint:
+            differing.append(f"cache fingerprint: {before[:12]} there, {fingerprint[:12]} given")
+        if differing:
+            raise RunError(
+                f"{self.path} holds another run:\n  "
+                + "\n  ".join(differing)
+                + "\nChoose another --out, or --overwrite."
+            )
+
+    def _write(self, name: str, text: str) -> None:
+        partial = self.path / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path / name)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for environment.json."""
+    packages = ("sidecache", "torch", "numpy", "zarr", "h5py")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version(name) for name in packages},
+        "cuda": torch.version.cuda,
+        "cpus": os.cpu_count(),
+    }

@@ -1,0 +1,190 @@
+"""What a command was asked to do: one frozen, validated object each; the only source of defaults.
+
+`cli.py` makes its flags' defaults from these, `train` writes its own, resolved, into the run
+directory. YAML in (`read_yaml`) knows exactly these field names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import SettingError
+
+
+def _require(config: object, condition: bool, name: str, expected: str) -> None:
+    if not condition:
+        raise SettingError(f"{name} = {getattr(config, name)!r}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Stage one. `images` and `data_dir` as `open_source` takes them; None means the backbone's
+    own value. Raises SettingError when it is made with an impossible value."""
+
+    images: str
+    model: str
+    out: str
+    weights: str | None = None
+    pretrained: bool = True
+    split: tuple[str, ...] | None = None
+    data_dir: str | None = None
+    taps: str = "all"
+    dtype: str = "float16"
+    img_size: tuple[int, int] | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    batch_size: int = 64
+    workers: int = 2
+    device: str = "auto"
+    amp: bool | None = None
+    seed: int = 0
+    on_error: str = "raise"
+    overwrite: bool = False
+
+    PREPROCESSING = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+
+    def __post_init__(self) -> None:
+        _require(self, self.batch_size >= 1, "batch_size", "1 or more")
+        _require(self, self.workers >= 0, "workers", "0 or more")
+        _require(self, self.on_error in ("raise", "skip"), "on_error", "raise or skip")
+        _require(
+            self,
+            self.img_size is None or all(side >= 1 for side in self.img_size),
+            "img_size",
+            "one or two positive whole numbers",
+        )
+        _require(
+            self, self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0, at most 1"
+        )
+        modes = (None, "center", "squash", "border")
+        _require(self, self.crop_mode in modes, "crop_mode", "center, squash or border")
+
+    def preprocessing(self) -> dict[str, Any]:
+        """The preprocessing fields that were asked for, None where the backbone decides."""
+        return {name: getattr(self, name) for name in self.PREPROCESSING}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One side network to train: its method, the settings that shape it, and how it learns.
+
+    `epochs` includes `warmup_epochs`. `settings` are the method's own (rank, gap, pool, …).
+    """
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    epochs: int = 30
+    warmup_epochs: int = 3
+    warmup_lr: float = 1e-7
+    sched: str = "cosine"
+    drop_path: float = 0.0
+    smoothing: float = 0.0
+    seed: int = 0
+
+    SCHEDULES = ("cosine", "constant")
+
+    def __post_init__(self) -> None:
+        _require(self, self.lr > 0, "lr", "above 0")
+        _require(self, self.weight_decay >= 0, "weight_decay", "0 or more")
+        _require(self, self.epochs >= 1, "epochs", "1 or more")
+        _require(
+            self,
+            0 <= self.warmup_epochs < self.epochs or self.warmup_epochs == 0,
+            "warmup_epochs",
+            f"0 or more, fewer than the {self.epochs} epochs that include them",
+        )
+        _require(self, self.sched in self.SCHEDULES, "sched", " or ".join(self.SCHEDULES))
+        _require(self, 0 <= self.drop_path < 1, "drop_path", "from 0 to below 1")
+        _require(self, 0 <= self.smoothing < 1, "smoothing", "from 0 to below 1")
+        _require(self, self.seed >= 0, "seed", "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Stage two: the members of one pass, and what belongs to the pass itself.
+
+    `batch_size` and `order_seed` are the pass's: all members see the same batches, which is what
+    lets them share the reads. `val_split` may be empty: then nothing is validated.
+    """
+
+    cache: str
+    out: str
+    members: tuple[Member, ...]
+    train_split: tuple[str, ...] = ("train",)
+    val_split: tuple[str, ...] = ("val",)
+    batch_size: int = 32
+    order_seed: int = 0
+    resident: str = "auto"
+    device: str = "auto"
+    amp: bool | None = None
+    overwrite: bool = False
+
+    RESIDENTS = ("auto", "device", "ram", "disk")
+
+    def __post_init__(self) -> None:
+        _require(self, len(self.members) >= 1, "members", "one or more")
+        _require(self, self.batch_size >= 1, "batch_size", "1 or more")
+        _require(self, self.order_seed >= 0, "order_seed", "0 or more")
+        _require(self, self.resident in self.RESIDENTS, "resident", ", ".join(self.RESIDENTS))
+        _require(self, len(self.train_split) >= 1, "train_split", "one split or more")
+        both = set(self.train_split) & set(self.val_split)
+        _require(self, not both, "val_split", "splits that are not trained on as well")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every default written out; what config.yaml holds."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`."""
+        members = tuple(Member(**member) for member in values["members"])
+        lists = {k: tuple(values[k]) for k in ("train_split", "val_split")}
+        return cls(**{**values, **lists, "members": members})
+
+    def progress_key(self) -> dict[str, Any]:
+        """What decides the result: a resumed run must agree in this."""
+        free = {"resident", "device", "overwrite", "out", "cache"}
+        return {k: v for k, v in self.to_dict().items() if k not in free}
+
+
+def cross(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Lists multiply: {"lr": [1, 2], "seed": [0, 1]} → four dicts, the last axis fastest."""
+    names = list(axes)
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def read_yaml(path: str | Path, known: Sequence[str]) -> dict[str, Any]:
+    """Defaults from a file; SettingError names a key that is not in `known`, and the file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingError(f"--config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingError(f"--config {path}: expected `name: value` lines")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise SettingError(
+            f"--config {path}: unknown key {', '.join(unknown)}; known are {', '.join(known)}"
+        )
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,46 @@
+"""What can go wrong in the pipeline, as one tree.
+
+    PipelineError
+    ├── ImageError     (OSError)       one image cannot be read: names the file and why
+    ├── SourceError    (ValueError)    the image source as a whole
+    ├── BackboneError  (ValueError)    unknown model, weights that do not fit
+    ├── SettingError   (ValueError)    a setting that cannot be
+    ├── DeviceError    (RuntimeError)  a device that is not there
+    ├── MissingTaps    (LookupError)   a method needs taps that the cache lacks
+    └── RunError       (ValueError)    a run directory that is not what was expected
+
+Each also subclasses the builtin that a caller expects. Every message says what was expected, what
+came, and what to do.
+"""
+
+
+class PipelineError(Exception):
+    """Root of everything that pipeline raises on purpose."""
+
+
+class ImageError(PipelineError, OSError):
+    """One image cannot be read."""
+
+
+class SourceError(PipelineError, ValueError):
+    """The image source cannot be used."""
+
+
+class BackboneError(PipelineError, ValueError):
+    """No such backbone, or weights that do not fit it."""
+
+
+class SettingError(PipelineError, ValueError):
+    """A setting has an impossible value."""
+
+
+class DeviceError(PipelineError, RuntimeError):
+    """The device asked for is not there."""
+
+
+class MissingTaps(PipelineError, LookupError):
+    """A method needs taps that the cache lacks."""
+
+
+class RunError(PipelineError, ValueError):
+    """A run directory is missing, unfinished, or another run's."""

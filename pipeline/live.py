@@ -1,0 +1,84 @@
+"""A trained member behind its backbone: images in, logits out, no cache.
+
+Shared by `evaluate` on images and `predict`. The backbone must be the one that the member learned
+from: its weights' digest is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.backbone import Backbone, Preprocessing, load_backbone, preprocessing_dict
+from pipeline.checkpoint import TrainedMember
+from pipeline.errors import BackboneError
+from pipeline.images import Source
+from pipeline.loader import image_batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveMember:
+    """A member and its backbone on one device, computing in `precision`."""
+
+    member: TrainedMember
+    backbone: Backbone
+    precision: torch.dtype
+
+    def batches(
+        self, source: Source, *, batch_size: int, workers: int
+    ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
+        """(first row, logits (B, C), unreadable rows and why) for all rows in order."""
+        preprocessing = self.backbone.preprocessing
+        for batch in image_batches(
+            source,
+            preprocessing.transform(),
+            preprocessing.img_size,
+            pending=[range(len(source.rows))],
+            batch_size=batch_size,
+            workers=workers,
+        ):
+            yield batch.start, self.logits(batch.images), batch.failures
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, C) float32."""
+        network, spec = self.member.network, self.member.network.spec
+        taps = network.taps(network.settings, spec.taps)
+        positions = {spec.taps.index(tap): place for place, tap in enumerate(taps)}
+        shape = (len(images), len(taps), spec.tokens, spec.dim)
+        features = torch.empty(shape, device=self.backbone.device)
+
+        def sink(position: int, tokens: Tensor) -> None:
+            if position in positions:
+                features[:, positions[position]].copy_(tokens)
+
+        self.backbone.read_taps(images.to(self.backbone.device), sink, precision=self.precision)
+        return network(network.operands(features, self.precision))[0].float()
+
+
+def go_live(
+    member: TrainedMember, *, weights: str | Path | None, device: torch.device, amp: bool | None
+) -> LiveMember:
+    """Load the member's backbone. Raises BackboneError if its weights are other ones.
+
+    `amp` None computes in the precision that the cache was extracted in.
+    """
+    card = member.card
+    if amp is None:
+        amp = card["precision"] != "float32"
+    wanted, name = card["backbone"]["weights_sha256"], card["backbone"]["name"]
+    preprocessing = preprocessing_dict(Preprocessing.from_dict(card["preprocessing"]))
+    backbone = load_backbone(name, device=device, weights=weights, preprocessing=preprocessing)
+    if backbone.weights_sha256 != wanted:
+        raise BackboneError(
+            f"{name}: expected weights with digest {wanted[:12]}, which the member learned from, "
+            f"came {backbone.weights_sha256[:12]}. Give the same file with --weights."
+        )
+    backbone.keep(member.network.spec.taps)
+    return LiveMember(
+        member=member, backbone=backbone, precision=torch.bfloat16 if amp else torch.float32
+    )

@@ -1,0 +1,112 @@
+"""LAST: Low-rank Attention Side-Tuning (Tang, Fu, Zhu, Wu; arXiv 2402.04009, 2024).
+
+    u_0 = z_0,  u_i = F_i(u_{i-1} + z_i),  output = u_m - sum(z_0 .. z_{m-1})
+
+F_i is a chain of S modules x + Up(Attention(LN(x) A_q, LN(x) A_k, LN(x) A_v)), A in D x R. Written
+with each module's residual branch Delta, the corrected output is exactly z_m + sum(Delta), and
+module input is S_i + sum(earlier Delta), S_i = z_0 + … + z_i. We compute that form: adding z up
+and subtracting it again loses digits in half precision.
+
+paper → code: gap g → `gap`; rank R → `rank`; S → `depth`; F_i's modules → `LSAChain`; z_i → tap
+z(g i), the output of the group's last block.
+
+What is whose. From tables and reviews that quote the paper [2nd]: groups and gap, chains and
+depth, the module, the bias correction. Derived: the recursion. Ours: the head (pool, the
+backbone's frozen final norm, a trained linear layer), R = 16, one head, affine LN, biases,
+Up = 0 at the start (step 0 is the linear probe), scale (R / heads)^-0.5. The paper's full text was
+not to be had, and it has no public code.
+
+Parameters: (L / g) S (2D + 3R(D + 1) + (R + 1) D) + C (D + 1); 618,048 + head on ViT-B/16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.side.contract import FeatureSpec, Operands, Settings, SideNetwork, find_taps
+from pipeline.side.layers import (
+    FrozenNorm,
+    Head,
+    LSAChain,
+    centred,
+    check_pool,
+    pool_tokens,
+    wide,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LASTSettings(Settings):
+    """Shape of a LAST network: `rank` R, `gap` g, `depth` S, attention `heads`, `pool`."""
+
+    rank: int = 16
+    gap: int = 1
+    depth: int = 1
+    heads: int = 1
+    pool: str = "mean"
+
+    def __post_init__(self) -> None:
+        self.require(self.rank >= 1, "rank", "1 or more")
+        self.require(self.gap >= 1, "gap", "1 or more")
+        self.require(self.depth >= 1, "depth", "1 or more")
+        self.require(
+            self.heads >= 1 and self.rank % self.heads == 0, "heads", f"a divisor of {self.rank}"
+        )
+        self.require(self.pool in self.POOLS, "pool", " or ".join(self.POOLS))
+
+
+class LAST(SideNetwork):
+    """K LAST networks on the raw block outputs."""
+
+    method = "last"
+    settings_class = LASTSettings
+
+    def __init__(self, spec: FeatureSpec, settings: LASTSettings, seeds: Sequence[int]) -> None:
+        super().__init__(spec, settings, seeds)
+        check_pool(settings.pool, spec)
+        groups = len(self.taps(settings, spec.taps)) - 1
+        state_of = [group for group in range(groups) for _ in range(settings.depth)]
+        self.chain = LSAChain(
+            spec, seeds, state_of=state_of, rank=settings.rank, heads=settings.heads
+        )
+        self.final_norm = FrozenNorm(spec)
+        self.head = Head(spec, seeds, stream=0)
+
+    @staticmethod
+    def taps(settings: LASTSettings, available: Sequence[str]) -> tuple[str, ...]:
+        """z0, z_g, z_2g … z_L."""
+        blocks = max(int(tap[1:]) for tap in available)
+        if blocks == 0 or blocks % settings.gap:
+            raise ValueError(f"gap = {settings.gap}: expected a divisor of the {blocks} blocks")
+        wanted = [f"z{i}" for i in range(0, blocks + 1, settings.gap)]
+        return find_taps(wanted, available, "last")
+
+    @property
+    def operand_key(self) -> tuple[str, int, str]:
+        return (self.method, self.settings.gap, self.settings.pool)
+
+    @property
+    def drop_sites(self) -> int:
+        return len(self.chain.state_of)
+
+    def operands(self, features: Tensor, dtype: torch.dtype) -> Operands:
+        """`state<i>`, `square<i>`: prefix sum S_{i+1}, centred; `pooled` (B, D): pooled z_m."""
+        out: Operands = {}
+        total = features[:, 0].to(wide(dtype))
+        for i in range(features.shape[1] - 1):
+            total = total + features[:, i + 1]
+            out[f"state{i}"], out[f"square{i}"] = centred(total, dtype)
+        out["pooled"] = pool_tokens(
+            features[:, -1].to(total.dtype), self.settings.pool, self.spec.prefix_tokens
+        )
+        return out
+
+    def forward(self, operands: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
+        branches = self.chain(operands, keep)  # (K, B, T, M(R+1))
+        pooled = pool_tokens(branches, self.settings.pool, self.spec.prefix_tokens)
+        corrected = operands["pooled"] + pooled @ self.chain.ups()  # (K, B, D)
+        return self.head(self.final_norm(corrected))

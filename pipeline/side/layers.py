@@ -1,0 +1,187 @@
+"""Layers that several side networks share: pooling, the frozen norm, the head, the LSA chain.
+
+The LSA chain is the heart. Written plainly, module j of one member computes
+
+    x_j = S_j + sum_{i<j} Delta_i          S_j a constant of the data, wide (B, T, D)
+    Delta_j = Attention(LN(x_j) A_q, LN(x_j) A_k, LN(x_j) A_v) Up + up_bias
+
+Computed plainly, each member keeps two wide arrays a module. But Delta_i = A_i W_i^T, with A_i
+(B, T, R) the attention output: a member's own part of the state never leaves rank space. With
+
+    P   = (A_q, A_k, A_v)^T * gain          (3R, D)  LN's gain folded into the projections
+    W_i = (Up, up_bias)                     (D, R+1) and a 1 appended to A_i
+    _c  = mean over D taken away
+
+LN(x_j) needs no wide array of its own:
+
+    LN(x_j) P^T = (S_c P_c^T + sum_i A_i W_i,c^T P_c^T) / sqrt(variance + eps)
+    D variance  = |S_c|^2 + 2 sum_i (S_c W_i,c) . A_i + |sum_i A_i W_i,c^T|^2
+
+so the only wide product is S_c (P_c^T, W_1,c, …), one operand for all K members, which needs no
+gradient itself. This is an exact rewriting (a float64 test states it), not an approximation; a
+member's memory falls about twelvefold at D = 768, R = 16. Sums that cancel (the variance) stay in
+float32 whatever the precision of the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.side.contract import FeatureSpec, Operands, member_parameter, zero_parameter
+
+LN_EPS = 1e-6  # ours: timm's ViTs use it throughout
+
+
+def pool_tokens(tokens: Tensor, how: str, prefix_tokens: int) -> Tensor:
+    """(…, T, D) → (…, D): `cls` takes the first token, `mean` averages the patch tokens."""
+    if how == "cls":
+        return tokens[..., 0, :]
+    return tokens[..., prefix_tokens:, :].mean(dim=-2)
+
+
+def check_pool(how: str, spec: FeatureSpec) -> None:
+    """Refuse `cls` on a backbone without prefix tokens."""
+    if how == "cls" and spec.prefix_tokens == 0:
+        raise ValueError("pool = 'cls': this backbone has no class token; expected 'mean'")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision for sums and narrow operands beside products in `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class FrozenNorm(nn.Module):
+    """The backbone's final norm, as constants: (…, D) → (…, D)."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, spec: FeatureSpec) -> None:
+        super().__init__()
+        self.kind, self.eps, self.dim = spec.norm, spec.norm_eps, spec.dim
+        self.register_buffer("weight", spec.norm_weight)
+        self.register_buffer("bias", spec.norm_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.kind == "layer":
+            return nn.functional.layer_norm(x, (self.dim,), weight, bias, self.eps)
+        if self.kind == "rms":
+            return nn.functional.rms_norm(x, (self.dim,), weight, self.eps)
+        return x
+
+
+class Head(nn.Module):
+    """K linear classifiers: (K, B, D) or (B, D) → (K, B, C). Starts small, bias at zero."""
+
+    def __init__(self, spec: FeatureSpec, seeds: Sequence[int], *, stream: int) -> None:
+        super().__init__()
+        self.weight = member_parameter((spec.classes, spec.dim), seeds, std=0.02, stream=stream)
+        self.bias = zero_parameter((spec.classes,), len(seeds))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.mT + self.bias[:, None]  # (K, B, C)
+
+
+class LSAChain(nn.Module):
+    """K chains of M low-rank attention modules, computed in rank space (see the module's head).
+
+    Module j reads state `state_of[j]`. Parameters a module: LN 2D, projections 3R(D + 1),
+    Up (R + 1)D.
+    """
+
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        seeds: Sequence[int],
+        *,
+        state_of: Sequence[int],
+        rank: int,
+        heads: int,
+    ) -> None:
+        super().__init__()
+        modules, dim = len(state_of), spec.dim
+        self.state_of = tuple(state_of)
+        self.rank, self.heads, self.dim = rank, heads, dim
+        self.norm_weight = nn.Parameter(torch.ones(len(seeds), modules, dim))
+        self.norm_bias = zero_parameter((modules, dim), len(seeds))
+        self.qkv_weight = member_parameter((modules, 3 * rank, dim), seeds, std=dim**-0.5, stream=1)
+        self.qkv_bias = zero_parameter((modules, 3 * rank), len(seeds))
+        self.up_weight = zero_parameter((modules, dim, rank), len(seeds))
+        self.up_bias = zero_parameter((modules, dim), len(seeds))
+
+    def ups(self) -> Tensor:
+        """All Up matrices with their biases as last column, (K, M(R+1), D)."""
+        ups = torch.cat([self.up_weight, self.up_bias[..., None]], dim=-1)  # (K, M, D, R+1)
+        return ups.transpose(2, 3).flatten(1, 2)
+
+    def forward(self, operands: Operands, keep: Tensor | None) -> Tensor:
+        """Attention outputs of all modules, (K, B, T, M(R+1)): sum of Delta = result @ `ups`.
+
+        `operands` holds `state<i>` (B, T, D), centred, and `square<i>` (B, T), its squared norm.
+        `keep` (K, M, B) scales each module's branch, or None.
+        """
+        state = operands["state0"]
+        batch, tokens, dim = state.shape
+        columns, rank3 = self.rank + 1, 3 * self.rank
+        products = state.dtype
+        sums = wide(products)
+
+        projections = self.qkv_weight * self.norm_weight[:, :, None]  # (K, M, 3R, D)
+        bias = self.qkv_bias + (self.qkv_weight @ self.norm_bias[..., None])[..., 0]  # (K, M, 3R)
+        projections = projections - projections.mean(dim=-1, keepdim=True)
+        ups = self.ups()
+        ups = ups - ups.mean(dim=-1, keepdim=True)  # (K, M(R+1), D)
+        gram = ups @ ups.mT  # (K, M(R+1), M(R+1))
+
+        outputs: list[Tensor] = []
+        earlier: Tensor | None = None  # (K, BT, j(R+1))
+        for j, i in enumerate(self.state_of):
+            used = j * columns
+            matrix = torch.cat([projections[:, j], ups[:, :used]], dim=1)  # (K, 3R + used, D)
+            flat = operands[f"state{i}"].reshape(batch * tokens, dim)
+            product = torch.matmul(flat, matrix.to(products).mT).to(sums)  # (K, BT, 3R + used)
+            variance = operands[f"square{i}"].reshape(-1)  # (BT)
+            qkv = product[..., :rank3]
+            if earlier is not None:
+                cross = ups[:, :used] @ projections[:, j].mT  # (K, used, 3R)
+                own = earlier @ torch.cat([gram[:, :used, :used], cross], dim=2)
+                variance = variance + ((2 * product[..., rank3:] + own[..., :used]) * earlier).sum(
+                    dim=-1
+                )  # (K, BT)
+                qkv = qkv + own[..., used:]
+            scale = torch.rsqrt(variance.clamp_min(0) / self.dim + LN_EPS)
+            qkv = qkv * scale[..., None] + bias[:, j, None]
+            attended = self._attend(qkv.unflatten(1, (batch, tokens)), products)
+            branch = nn.functional.pad(attended, (0, 1), value=1.0)  # (K, B, T, R+1)
+            if keep is not None:
+                branch = branch * keep[:, j, :, None, None]
+            outputs.append(branch.flatten(1, 2))
+            earlier = torch.cat(outputs, dim=-1)
+        assert earlier is not None
+        return earlier.unflatten(1, (batch, tokens))
+
+    def _attend(self, qkv: Tensor, products: torch.dtype) -> Tensor:
+        """(K, B, T, 3R) → (K, B, T, R), softmax in float32. On the CPU the few plain products
+        below are about four times faster, forward and backward, than the fused kernel at R = 16."""
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(2, 3).to(products)
+            for part in qkv.chunk(3, dim=-1)
+        )  # each (K, B, H, T, R/H)
+        if q.is_cuda:
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (K, B, H, T, T)
+            out = torch.softmax(scores, dim=-1) @ v
+        return out.transpose(2, 3).flatten(-2).to(qkv.dtype)  # (K, B, T, R)
+
+
+def centred(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A state (B, T, D) in float32 → (centred over D in `dtype`, its squared norm (B, T))."""
+    rounded = (state - state.mean(dim=-1, keepdim=True)).to(dtype)
+    precise = rounded.to(state.dtype)
+    return rounded, (precise * precise).sum(dim=-1)

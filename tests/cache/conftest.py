@@ -1,0 +1,93 @@
+"""One small cache with everything in it, written to either backend."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache import Manifest, Stack, Target, Writer, encode, encode_keys
+
+BACKENDS = ("zarr", "h5")
+
+
+@dataclass
+class Sample:
+    """A manifest, its tables, and the reference values of its stacks in the storage dtype."""
+
+    manifest: Manifest
+    tables: dict[str, np.ndarray]
+    values: dict[str, np.ndarray]
+
+    def with_manifest(self, **changes: object) -> "Sample":
+        return dataclasses.replace(self, manifest=dataclasses.replace(self.manifest, **changes))
+
+    def rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        return {name: values[start:stop] for name, values in self.values.items()}
+
+    def fill(self, writer: Writer, shards: Iterable[range] | None = None) -> None:
+        for rows in writer.pending if shards is None else shards:
+            writer.write(rows.start, self.rows(rows.start, rows.stop))
+
+    def write(self, location: Path, **options: object) -> Path:
+        with Writer.open(location, self.manifest, self.tables, **options) as writer:
+            self.fill(writer)
+        return location
+
+
+def make_sample(storage: str = "float16", rows: int = 10, rows_per_shard: int = 4) -> Sample:
+    stacks = (
+        Stack(name="tokens", taps=("z0", "z1", "z2"), tokens=5, prefix_tokens=1, dim=4),
+        Stack(name="late", taps=("z3",), tokens=2, prefix_tokens=0, dim=6),
+    )
+    manifest = Manifest(
+        identity={"backbone": {"name": "vit_tiny", "weights": "ab"}, "source": "cd", "seed": 0},
+        storage=storage,
+        rows=rows,
+        views=2,
+        rows_per_shard=rows_per_shard,
+        stacks=stacks,
+        targets=(Target(name="label", classes=("cat", "dog", "eel")),),
+        splits=("train", "val"),
+        final_norm={"kind": "layer", "eps": 1e-6},
+        notes={"created_by": "test"},
+    )
+    random = np.random.default_rng(0)
+    tables = {
+        "keys": encode_keys([f"images/é{row}.png" for row in range(rows)]),
+        "labels/label": np.arange(rows) % 3,
+        "split": (np.arange(rows) % 4 == 3).astype(np.uint8),
+        "source_sha256": random.integers(0, 256, (rows, 32), dtype=np.uint8),
+        "final_norm/weight": random.normal(size=4).astype(np.float32),
+        "final_norm/bias": np.zeros(4, np.float32),
+    }
+    values = {
+        stack.name: encode(random.normal(size=(rows, 2, *stack.shape)).astype(np.float32), storage)
+        for stack in stacks
+    }
+    return Sample(manifest, tables, values)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a power cut could tell; on a slow disk each fsync costs 10 ms."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def sample() -> Sample:
+    return make_sample()
+
+
+@pytest.fixture
+def samples() -> Callable[..., Sample]:
+    return make_sample
+
+
+@pytest.fixture(params=BACKENDS)
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Where a cache may be made, once per backend."""
+    return tmp_path / f"sample.{request.param}"

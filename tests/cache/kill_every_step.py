@@ -1,0 +1,135 @@
+"""Run by test_kill.py in a process of its own: it forks, and pytest may have threads.
+
+Every call that changes the disk is a step. For k = 1, 2, ... a child writes a cache and kills
+itself at step k (half way through it, if it is a write); another child runs the same job to its
+end; the result is compared with the reference, byte for byte. Stops when a child survives.
+"""
+
+import itertools
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path.cwd()))
+
+import h5py  # noqa: F401  (once here, not in every child)
+import numpy as np
+import zarr  # noqa: F401
+
+from cache import Manifest, Reader, Stack, Writer, encode_keys, verify
+from cache.ledger import Record
+
+ROWS = 3
+STACKS = (
+    Stack(name="tokens", taps=("z0", "z1"), tokens=3, prefix_tokens=1, dim=4),
+    Stack(name="late", taps=("z2",), tokens=2, prefix_tokens=0, dim=4),
+)
+MANIFEST = Manifest(
+    identity={"a": 1}, storage="float16", rows=ROWS, rows_per_shard=2, stacks=STACKS
+)
+TABLES = {"keys": encode_keys([str(row) for row in range(ROWS)])}
+VALUES = {
+    stack.name: np.random.default_rng(0).normal(size=(ROWS, 1, *stack.shape)).astype(np.float16)
+    for stack in STACKS
+}
+STEPS = ("pwrite", "ftruncate", "rename", "replace", "link", "unlink", "mkdir")
+
+
+def write(location: Path) -> None:
+    with Writer(location, MANIFEST, TABLES) as writer:
+        for rows in writer.pending:
+            for row in reversed(rows):
+                arrays = {name: values[row : row + 1] for name, values in VALUES.items()}
+                writer.write(row, arrays, {row: "bad"} if row == 1 else {})
+
+
+def kill_at(step: int) -> None:
+    """From now on, the process dies at its `step`-th change of the disk."""
+    count = itertools.count(1)
+
+    def counted(name: str, call: Callable) -> Callable:
+        def wrapper(*args: object, **options: object) -> object:
+            if next(count) == step:
+                if name == "pwrite":
+                    fd, data, offset = args
+                    call(fd, data[: len(data) // 2], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+
+        return wrapper
+
+    os.fsync = lambda fd: None  # changes nothing that a killed process leaves behind
+    for name in STEPS:
+        setattr(os, name, counted(name, getattr(os, name)))
+
+
+def publish_records_first() -> None:
+    """The bug that this test exists for: the shard counts as done before its data are there."""
+    begin = Writer._begin
+
+    def hasty(self: Writer, index: int, rows: range) -> object:
+        digests = {stack.name: ["0" * 32] * len(rows) for stack in STACKS}
+        record = Record(shard=index, rows=(rows.start, rows.stop), digests=digests, skipped={})
+        self._backend.write_record(index, record.to_bytes(self._backend.record_bytes))
+        return begin(self, index, rows)
+
+    Writer._begin = hasty
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run in a fork; the signal that ended it, or 0. Any other failure ends this process."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            sys.stderr.write(f"{error!r}\n")
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        sys.exit(1)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def check(location: Path, step: int) -> None:
+    reader = Reader(location)
+    for name, values in VALUES.items():
+        expected = values[:, 0].copy()
+        expected[1] = 0
+        if not np.array_equal(reader.read(range(ROWS), stack=name), expected):
+            raise AssertionError(f"killed at step {step}: {name} differs")
+    if reader.skipped != {1: "bad"} or not verify(location).ok:
+        raise AssertionError(f"killed at step {step}: the ledger differs")
+
+
+def write_killed(location: Path, step: int) -> None:
+    kill_at(step)
+    write(location)
+
+
+def write_again(location: Path, step: int) -> None:
+    kill_at(0)
+    write(location)
+    check(location, step)
+
+
+def main() -> None:
+    location = Path(sys.argv[2], f"sample.{sys.argv[1]}")
+    if sys.argv[3:]:
+        publish_records_first()
+
+    for step in itertools.count(1):
+        killed = in_child(partial(write_killed, location, step))
+        in_child(partial(write_again, location, step))
+        if not killed:
+            break
+        shutil.rmtree(location) if location.is_dir() else location.unlink()
+    sys.stdout.write(f"{step - 1}\n")
+
+
+main()

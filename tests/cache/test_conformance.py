@@ -1,0 +1,294 @@
+"""What every backend must do. The numbers are compared through raw zarr and h5py as well, which
+see the files without the code under test."""
+
+import os
+import pickle
+import threading
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import zarr
+
+from cache import Reader, Writer, decode, inspect, verify
+from cache.location import open_backend
+
+
+def raw(location: Path, name: str) -> np.ndarray:
+    if location.suffix == ".zarr":
+        return np.asarray(zarr.open_group(location, mode="r")[name][...])
+    with h5py.File(location, "r") as file:
+        return file[name][...]
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+def test_reads_back_what_was_written(location, samples, storage):
+    sample = samples(storage)
+    sample.write(location)
+    rows = [9, 3, 4, 5, 0, 1, 1, 2]
+    with Reader(location) as reader:
+        for name, values in sample.values.items():
+            for view in (0, 1):
+                np.testing.assert_array_equal(
+                    reader.read(rows, stack=name, view=view), values[rows, view]
+                )
+        np.testing.assert_array_equal(
+            reader.read(range(2, 9), taps=slice(1, 3)), sample.values["tokens"][2:9, 0, 1:3]
+        )
+        assert decode(reader.read([0]), storage).dtype == np.float32
+        assert reader.read([]).shape == (0, 3, 5, 4)
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_plain_libraries_read_the_same(location, samples, storage):
+    sample = samples(storage)
+    sample.write(location)
+    for name, values in sample.values.items():
+        stored = raw(location, f"stacks/{name}")
+        assert stored.dtype == values.dtype
+        np.testing.assert_array_equal(stored, values)
+    for name, table in sample.tables.items():
+        np.testing.assert_array_equal(raw(location, name), table)
+    shards, record_bytes = raw(location, "ledger").shape
+    assert shards == 3
+    for shard in range(shards):
+        record = open_backend(location).record(shard)
+        assert raw(location, "ledger")[shard].tobytes() == record
+        assert len(record) == record_bytes
+
+
+def test_zarr_needs_no_sidecache_to_check_its_shards(tmp_path, sample):
+    """zarr recomputes the CRC32C of every shard index, and skips none of our rows."""
+    location = sample.write(tmp_path / "a.zarr")
+    array = zarr.open_group(location, mode="r")["stacks/tokens"]
+    np.testing.assert_array_equal(array[9, 1], sample.values["tokens"][9, 1])
+    assert array.shards == (4, 2, 3, 5, 4)
+    assert array.chunks == (1, 1, 3, 5, 4)
+
+
+def test_metadata_tables_and_splits(location, sample):
+    sample.write(location)
+    with Reader(location) as reader:
+        assert reader.manifest == sample.manifest
+        assert reader.fingerprint == sample.manifest.fingerprint
+        assert reader.keys == [f"images/é{row}.png" for row in range(10)]
+        np.testing.assert_array_equal(reader.labels(), np.arange(10) % 3)
+        np.testing.assert_array_equal(reader.split_rows("val"), [3, 7])
+        np.testing.assert_array_equal(reader.split_rows("val", "train"), np.arange(10))
+        np.testing.assert_array_equal(reader.source_sha256, sample.tables["source_sha256"])
+        assert reader.final_norm["kind"] == "layer"
+        assert reader.final_norm["eps"] == 1e-6
+        np.testing.assert_array_equal(
+            reader.final_norm["weight"], sample.tables["final_norm/weight"]
+        )
+        with pytest.raises(KeyError, match=r"no split 'test'.*train, val"):
+            reader.split_rows("test")
+        with pytest.raises(KeyError, match=r"no target 'age'.*label"):
+            reader.labels("age")
+        with pytest.raises(KeyError, match=r"no table 'nothing'.*keys"):
+            reader.table("nothing")
+
+
+def test_content_depends_on_the_numbers_alone(tmp_path, sample):
+    contents = set()
+    for number, rows_per_shard in enumerate((1, 3, 4, 10, 64)):
+        changed = sample.with_manifest(rows_per_shard=rows_per_shard, notes={"n": number})
+        for suffix in ("zarr", "h5"):
+            location = tmp_path / f"{number}.{suffix}"
+            with Writer.open(location, changed.manifest, changed.tables) as writer:
+                for rows in reversed(writer.pending):
+                    for row in reversed(rows):
+                        writer.write(row, changed.rows(row, row + 1))
+            contents.add(inspect(location).content)
+            np.testing.assert_array_equal(raw(location, "stacks/late"), sample.values["late"])
+    assert len(contents) == 1
+    sample.values["late"][7, 1, 0, 1, 2] += 1
+    assert inspect(sample.write(tmp_path / "other.h5")).content not in contents
+
+
+def test_second_open_of_a_complete_cache_has_nothing_to_do(location, sample):
+    sample.write(location)
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        assert writer.pending == []
+        assert writer.rows_done == 10
+        assert writer.bytes_written == 0
+
+
+def test_resumes_with_the_shards_on_disk(location, sample):
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        sample.fill(writer, [range(4, 8)])
+        writer.write(0, sample.rows(0, 3))  # not a whole shard: is given up
+    other_layout = sample.with_manifest(rows_per_shard=7)
+    with Writer.open(location, other_layout.manifest, other_layout.tables) as writer:
+        assert writer.pending == [range(4), range(8, 10)]
+        assert writer.manifest.rows_per_shard == 4
+        sample.fill(writer)
+    np.testing.assert_array_equal(raw(location, "stacks/tokens"), sample.values["tokens"])
+
+
+def test_skipped_rows_are_zeros_and_in_no_split(location, sample):
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        writer.write(0, sample.rows(0, 4), {1: "truncated image " + "x" * 500, 3: "zéro"})
+        sample.fill(writer)
+    with Reader(location) as reader:
+        assert list(reader.skipped) == [1, 3]
+        assert reader.skipped[3] == "zéro"
+        assert len(reader.skipped[1]) == 160
+        assert not reader.read([1, 3]).any()
+        np.testing.assert_array_equal(reader.split_rows(), [0, 2, 4, 5, 6, 7, 8, 9])
+        np.testing.assert_array_equal(reader.split_rows("val"), [7])
+    assert verify(location).ok
+
+
+def test_a_record_has_room_for_a_reason_on_every_row(location, sample):
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        for rows in writer.pending:
+            writer.write(
+                rows.start, sample.rows(rows.start, rows.stop), dict.fromkeys(rows, "é" * 999)
+            )
+    with Reader(location) as reader:
+        assert len(reader.skipped) == 10
+
+
+def test_workers_own_shards_and_give_the_same_bytes(location, sample):
+    first = Writer(location, sample.manifest, sample.tables, worker=0, workers=2)
+    second = Writer(location, sample.manifest, sample.tables, worker=1, workers=2)
+    with first, second:
+        assert first.pending == [range(4), range(8, 10)]
+        assert second.pending == [range(4, 8)]
+        sample.fill(second)
+        assert second.pending == []
+        sample.fill(first)
+    np.testing.assert_array_equal(raw(location, "stacks/tokens"), sample.values["tokens"])
+    with Reader(location) as reader:
+        assert reader.complete
+
+
+def test_the_loser_of_a_race_uses_the_winners_cache(location, sample, monkeypatch):
+    with Writer(location, sample.manifest, sample.tables, worker=0, workers=2) as winner:
+        monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
+        other = sample.with_manifest(rows_per_shard=3)
+        with Writer(location, other.manifest, other.tables, worker=1, workers=2) as loser:
+            assert loser.manifest == winner.manifest
+            sample.fill(loser)
+        sample.fill(winner)
+    assert list(location.parent.iterdir()) == [location]
+    assert verify(location).complete
+
+
+def test_leftovers_of_a_killed_creation_are_swept(location, sample):
+    for age, suffix in ((0, "young"), (3600, "old")):
+        litter = location.with_name(f".{location.name}.{suffix}.creating")
+        litter.write_bytes(b"half")
+        os.utime(litter, (time.time() - age,) * 2)
+    sample.write(location)
+    names = {path.name for path in location.parent.iterdir()}
+    assert names == {location.name, f".{location.name}.young.creating"}
+
+
+def test_threads_write_rows_of_one_shard(location, samples):
+    sample = samples(rows=32, rows_per_shard=16)
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        work = [
+            threading.Thread(target=writer.write, args=(row, sample.rows(row, row + 2)))
+            for row in np.random.default_rng(1).permutation(16) * 2
+        ]
+        for thread in work:
+            thread.start()
+        for thread in work:
+            thread.join()
+        assert writer.pending == []
+    assert verify(location).ok
+    np.testing.assert_array_equal(raw(location, "stacks/tokens"), sample.values["tokens"])
+
+
+def test_many_threads_read_at_once(location, samples):
+    sample = samples(rows=64, rows_per_shard=5)
+    sample.write(location)
+    wrong = []
+
+    def work(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(50):
+            rows = random.integers(0, 64, 9)
+            if not np.array_equal(reader.read(rows), sample.values["tokens"][rows, 0]):
+                wrong.append(rows)
+
+    with Reader(location) as reader:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_pickled_reader_reads(location, sample):
+    sample.write(location)
+    with Reader(location) as reader:
+        reader.read([1])
+        copy = pickle.loads(pickle.dumps(reader))
+    with copy:
+        np.testing.assert_array_equal(copy.read([5]), sample.values["tokens"][[5], 0])
+
+
+def test_reads_straight_into_the_callers_memory(location, sample):
+    sample.write(location)
+    memory = np.full((6, 3, 5, 4), 7, np.float16)
+    with Reader(location) as reader:
+        reader.read_into([8, 2], memory[1:3])
+    np.testing.assert_array_equal(memory[1:3], sample.values["tokens"][[8, 2], 0])
+    assert (memory[[0, 3, 4, 5]] == 7).all()
+
+
+def test_open_files_are_bounded(tmp_path, samples):
+    sample = samples(rows=150, rows_per_shard=1)
+    location = sample.write(tmp_path / "many.zarr")
+    with Reader(location) as reader:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        reader.read(range(150))
+        assert len(list(Path("/proc/self/fd").iterdir())) - before <= 130
+
+
+def test_verify_reports_progress_and_counts(location, sample):
+    sample.write(location)
+    seen = []
+    found = verify(location, seen.append)
+    assert found.ok
+    assert found.complete
+    assert (found.rows, found.bytes) == (10, sample.manifest.nbytes)
+    assert [record.rows_done for record in seen] == [4, 8, 10]
+
+
+def test_inspect_is_json_and_names_what_is_there(location, sample):
+    import json
+
+    sample.write(location)
+    document = json.loads(json.dumps(inspect(location).to_dict()))
+    assert document["rows"] == document["rows_done"] == 10
+    assert document["bytes"] == sample.manifest.nbytes
+    assert document["complete"] is True
+    assert document["splits"] == {"train": 8, "val": 2}
+    assert document["targets"] == {"label": {"cat": 4, "dog": 3, "eel": 3}}
+    assert document["format"] == location.suffix[1:]
+    assert document["stacks"][0]["taps"] == ["z0", "z1", "z2"]
+
+
+def test_same_bytes_in_both_formats(tmp_path, sample):
+    a, b = sample.write(tmp_path / "a.zarr"), sample.write(tmp_path / "b.h5")
+    for name in ("stacks/tokens", "stacks/late", *sample.tables, "ledger"):
+        assert raw(a, name).tobytes() == raw(b, name).tobytes(), name
+
+
+def test_zarr_rewritten_by_zarr_is_still_read(tmp_path, sample):
+    """Other offsets in the shard files are honoured; dropped all-zero chunks are zeros."""
+    location = sample.write(tmp_path / "a.zarr")
+    array = zarr.open_group(location, mode="r+")["stacks/tokens"]
+    array[4:8] = 0
+    array[5] = sample.values["tokens"][5]
+    with Reader(location) as reader:
+        np.testing.assert_array_equal(reader.read([5], view=1), sample.values["tokens"][[5], 1])
+        assert not reader.read([4, 6]).any()
+    assert {damage.row for damage in verify(location).damaged} == {4, 6, 7}

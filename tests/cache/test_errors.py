@@ -1,0 +1,364 @@
+"""Every refusal, and that its message says what was expected, what came, and what to do."""
+
+import os
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import zarr
+
+import cache
+from cache import (
+    CacheDamaged,
+    CacheIncomplete,
+    CacheLocked,
+    CacheNotFound,
+    FormatVersionError,
+    IdentityMismatch,
+    LocationError,
+    NoSpace,
+    Reader,
+    TapMissing,
+    Writer,
+    files,
+    inspect,
+    verify,
+)
+from cache.errors import CacheError
+
+
+def test_every_error_is_a_cache_error_and_a_builtin():
+    for name in cache.__all__:
+        kind = getattr(cache, name)
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind is not CacheError:
+            assert issubclass(kind, CacheError)
+            assert any(base.__module__ == "builtins" for base in kind.__mro__[1:-3]), name
+
+
+@pytest.mark.parametrize("name", ["plain", "a.zip", "s3://bucket/a.zarr"])
+def test_unknown_location(name, sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LocationError, match=r"expected"):
+        Writer.open(name, sample.manifest, sample.tables)
+    with pytest.raises(LocationError, match=r"expected"):
+        Reader(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_there(location):
+    with pytest.raises(CacheNotFound, match="there is no cache here"):
+        Reader(location)
+
+
+def test_incomplete_is_refused_and_says_how_to_go_on(location, sample):
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        sample.fill(writer, [range(4, 8)])
+    with pytest.raises(CacheIncomplete, match=r"4 of 10 rows.*run the same extract"):
+        Reader(location)
+    with Reader(location, allow_incomplete=True) as reader:
+        assert not reader.complete
+        np.testing.assert_array_equal(reader.read([5]), sample.values["tokens"][[5], 0])
+        with pytest.raises(CacheIncomplete, match="rows 0 to 3"):
+            reader.read([5, 2])
+    found = inspect(location)
+    assert (found.rows_done, found.complete, found.content) == (4, False, None)
+    assert verify(location).ok
+    assert not verify(location).complete
+
+
+def test_an_exception_publishes_nothing_further(location, sample):
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        Writer.open(location, sample.manifest, sample.tables) as writer,
+    ):
+        sample.fill(writer, [range(4)])
+        writer.write(4, sample.rows(4, 7))
+        raise RuntimeError("stop")
+    assert inspect(location).rows_done == 4
+    if location.is_dir():
+        assert not list(location.rglob(".partial"))
+
+
+def test_another_identity_is_refused_naming_each_field(location, sample):
+    sample.write(location)
+    identity = {"backbone": {"name": "vit_base", "weights": "ab"}, "source": "cd", "views": 2}
+    other = sample.with_manifest(identity=identity)
+    with pytest.raises(IdentityMismatch) as caught:
+        Writer.open(location, other.manifest, other.tables)
+    assert caught.value.differences == [
+        ("backbone.name", "vit_tiny", "vit_base"),
+        ("seed", 0, "(absent)"),
+        ("views", "(absent)", 2),
+    ]
+    assert "backbone.name: 'vit_tiny' in the cache, 'vit_base' now" in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+    with Writer.open(location, other.manifest, other.tables, overwrite=True) as writer:
+        assert writer.pending
+        other.fill(writer)
+    assert Reader(location).fingerprint == other.manifest.fingerprint
+
+
+def test_other_stacks_or_tables_are_refused(location, sample):
+    sample.write(location)
+    fewer = sample.with_manifest(stacks=sample.manifest.stacks[:1])
+    with pytest.raises(IdentityMismatch, match="stacks"):
+        Writer.open(location, fewer.manifest, fewer.tables)
+    tables = {**sample.tables, "labels/label": np.zeros(10, np.int64)}
+    with pytest.raises(IdentityMismatch, match="tables"):
+        Writer.open(location, sample.manifest, tables)
+
+
+def test_overwrite_deletes_only_caches(location, sample):
+    if location.suffix == ".zarr":
+        location.mkdir()
+        (location / "thesis.txt").write_text("precious")
+    else:
+        location.write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises((LocationError, CacheDamaged)):
+            Writer.open(location, sample.manifest, sample.tables, overwrite=overwrite)
+    assert location.exists()
+    if location.is_dir():
+        assert (location / "thesis.txt").read_text() == "precious"
+
+
+def test_second_writer_is_refused_while_the_first_lives(location, sample):
+    with Writer.open(location, sample.manifest, sample.tables) as first:
+        for options in ({}, {"overwrite": True}, {"workers": 2}):
+            with pytest.raises(CacheLocked, match="another process"):
+                Writer.open(location, sample.manifest, sample.tables, **options)
+        sample.fill(first)
+    Writer.open(location, sample.manifest, sample.tables).close()
+
+
+def test_where_the_file_system_has_no_locks_it_goes_on(location, sample, monkeypatch):
+    def no_locks(fd: int, how: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    sample.write(location)
+    assert Reader(location).complete
+
+
+def test_full_disk_is_refused_before_anything_is_made(location, sample, monkeypatch):
+    monkeypatch.setattr(files, "free_bytes", lambda path: 100)
+    with pytest.raises(NoSpace, match=r"bytes are still to be written and 100 are free"):
+        Writer.open(location, sample.manifest, sample.tables)
+    assert list(location.parent.iterdir()) == []
+
+
+def test_full_disk_while_writing_keeps_what_is_done(location, sample, monkeypatch):
+    write_all = files.write_all
+
+    def full(fd: int, data: memoryview, offset: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        sample.fill(writer, [range(4)])
+        monkeypatch.setattr(files, "write_all", full)
+        with pytest.raises(NoSpace, match="Finished shards are kept"):
+            writer.write(4, sample.rows(4, 8))
+        monkeypatch.setattr(files, "write_all", write_all)
+        writer.write(4, sample.rows(4, 8))  # the rows were given back
+        assert writer.pending == [range(8, 10)]
+
+
+def test_wrong_arrays_are_refused(location, sample):
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        with pytest.raises(ValueError, match=r"expected arrays for stacks \['tokens', 'late'\]"):
+            writer.write(0, {"tokens": sample.values["tokens"][:4]})
+        wrong = {name: values.astype(np.float32) for name, values in sample.rows(0, 4).items()}
+        with pytest.raises(ValueError, match=r"expected float16 \(4, 2, 3, 5, 4\).*float32"):
+            writer.write(0, wrong)
+        with pytest.raises(ValueError, match="reach past their shard"):
+            writer.write(2, sample.rows(2, 6))
+        with pytest.raises(ValueError, match="not in a pending shard"):
+            writer.write(12, sample.rows(0, 1))
+        with pytest.raises(ValueError, match="expected rows among those written"):
+            writer.write(0, sample.rows(0, 1), {3: "no"})
+        writer.write(0, sample.rows(0, 2))
+        with pytest.raises(ValueError, match="row 1 was already written"):
+            writer.write(1, sample.rows(1, 3))
+    with pytest.raises(ValueError, match="closed"):
+        writer.write(0, sample.rows(0, 2))
+
+
+def test_wrong_tables_are_refused(location, sample):
+    def refused(match: str, **changes: np.ndarray | None) -> None:
+        tables = {**sample.tables, **{k.replace("__", "/"): v for k, v in changes.items()}}
+        tables = {name: table for name, table in tables.items() if table is not None}
+        with pytest.raises(ValueError, match=match):
+            Writer.open(location, sample.manifest, tables)
+        assert not location.exists()
+
+    refused("'split'.*missing", split=None)
+    refused(r"expected int64 \(10,\)", labels__label=np.zeros(9, np.int64))
+    refused("row 0 is 3, expected -1 to 2", labels__label=np.full(10, 3))
+    refused("9 keys, expected one per row: 10", keys=cache.encode_keys(list("abcdefghi")))
+    refused("reserved", stacks__x=np.zeros(3))
+
+
+def test_wrong_reads_are_refused(location, sample):
+    sample.write(location)
+    with Reader(location) as reader:
+        with pytest.raises(IndexError, match=r"row 10 is outside.*0 to 9"):
+            reader.read([0, 10])
+        with pytest.raises(IndexError, match="row -1 is outside"):
+            reader.read([-1])
+        with pytest.raises(IndexError, match="view 2"):
+            reader.read([0], view=2)
+        with pytest.raises(TapMissing, match="z0, z1, z2"):
+            reader.read([0], taps=slice(1, 4))
+        with pytest.raises(KeyError, match=r"no stack 'nope'.*tokens, late"):
+            reader.read([0], stack="nope")
+        with pytest.raises(ValueError, match=r"expected float16 \(2, 3, 5, 4\), received float32"):
+            reader.read_into([0, 1], np.empty((2, 3, 5, 4), np.float32))
+        with pytest.raises(ValueError, match="contiguous"):
+            reader.read_into([0, 1], np.empty((4, 3, 5, 4), np.float16)[::2])
+
+
+def test_another_format_version_is_refused(location, sample):
+    sample.write(location)
+    edit_document(location, lambda document: {**document, "format_version": 99})
+    for act in (Reader, inspect, verify):
+        with pytest.raises(FormatVersionError, match=r"99.*reads version 1"):
+            act(location)
+    with pytest.raises(FormatVersionError):
+        Writer.open(location, sample.manifest, sample.tables)
+
+
+def test_an_edited_manifest_is_damage(location, sample):
+    sample.write(location)
+    edit_document(location, lambda document: {**document, "splits": ["val", "train"]})
+    with pytest.raises(CacheDamaged, match="checksum"):
+        Reader(location)
+    assert not verify(location).ok
+
+
+def edit_document(location, change):
+    if location.suffix == ".zarr":
+        attributes = zarr.open_group(location, mode="r+").attrs
+        attributes["sidecache"] = change(attributes["sidecache"])
+        return
+    import json
+
+    with h5py.File(location, "r+", libver=("earliest", "v110")) as file:
+        document = change(json.loads(file["manifest"][()]))
+        file["manifest"][()] = json.dumps(document)
+
+
+# damage: files changed behind the library's back
+
+
+def flip_byte(path, offset):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def place(location, stack, row, view=0):
+    backend = Reader(location, allow_incomplete=True).backend
+    shard, position = divmod(row, backend.manifest.rows_per_shard)
+    extents = backend.rows(stack, shard)
+    return extents.path, int(extents.offsets[position, view])
+
+
+def test_a_damaged_byte_is_named(location, sample):
+    sample.write(location)
+    path, offset = place(location, "late", 6, view=1)
+    flip_byte(path, offset + 3)
+    found = verify(location)
+    assert not found.ok
+    assert found.damaged_shards == [1]
+    (damage,) = found.damaged
+    assert (damage.stack, damage.row, damage.key, damage.file) == ("late", 6, "images/é6.png", path)
+    assert "row 6 (images/é6.png) of stack late" in str(damage)
+
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        writer.forget(found.damaged_shards)
+        assert writer.pending == [range(4, 8)]
+        sample.fill(writer)
+    assert verify(location).ok
+
+
+def test_a_torn_ledger_record_counts_as_not_done(location, sample):
+    sample.write(location)
+    place = Reader(location).backend.record_place(1)
+    flip_byte(place.path, place.offset + 40)
+    with pytest.raises(CacheIncomplete, match="6 of 10"):
+        Reader(location)
+    assert {damage.row for damage in verify(location).damaged} == {4, 5, 6, 7}
+    sample.write(location)
+    assert verify(location).ok
+
+
+def test_a_record_of_another_shard_counts_as_not_done(location, sample):
+    sample.write(location)
+    backend = Reader(location).backend
+    backend.write_record(0, backend.record(1))
+    assert inspect(location).rows_done == 6
+
+
+def test_damaged_table_is_named(location, sample):
+    sample.write(location)
+    extent = Reader(location).backend.table("labels/label")
+    flip_byte(extent.path, extent.offset)
+    with pytest.raises(CacheDamaged, match="'labels/label' does not match its checksum"):
+        Reader(location).labels()
+    assert "labels/label" in str(verify(location).damaged[0])
+
+
+def test_truncated_hdf5_is_named(tmp_path, sample):
+    location = sample.write(tmp_path / "a.h5")
+    os.truncate(location, location.stat().st_size - 10)
+    with pytest.raises(CacheDamaged, match=r"a\.h5.*truncated"):
+        Reader(location)
+    (damage,) = verify(location).damaged
+    assert damage.file == location
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "index"])
+def test_damaged_zarr_shard_is_named_and_repaired(tmp_path, sample, harm):
+    location = sample.write(tmp_path / "a.zarr")
+    path, _ = place(location, "tokens", 5)
+    reader = Reader(location)
+    reader.read([4])  # the index is known before the damage
+    if harm == "cut":
+        os.truncate(path, 300)
+    elif harm == "gone":
+        path.unlink()
+    else:
+        flip_byte(path, path.stat().st_size - 40)
+    if harm != "index":
+        reader.close()
+        with pytest.raises(CacheDamaged, match="c/1/0/0/0/0"):
+            reader.read([6])
+    with pytest.raises(CacheDamaged, match="c/1/0/0/0/0"):
+        Reader(location).read([6])
+    found = verify(location)
+    assert {damage.row for damage in found.damaged} == {4, 5, 6, 7}
+    assert {damage.file for damage in found.damaged} == {path}
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        writer.forget(found.damaged_shards)
+        sample.fill(writer)
+    assert verify(location).ok
+
+
+def test_zarr_without_its_metadata(tmp_path, sample):
+    location = sample.write(tmp_path / "a.zarr")
+    (location / "stacks/late/zarr.json").unlink()
+    with pytest.raises(CacheDamaged, match=r"late/zarr\.json is missing"):
+        Reader(location)
+    shutil.rmtree(location / "stacks")
+    assert not verify(location).ok
+
+
+def test_zarr_with_other_codecs_is_refused(tmp_path, sample):
+    location = sample.write(tmp_path / "a.zarr")
+    path = location / "stacks/late/zarr.json"
+    path.write_text(path.read_text().replace('"little"', '"big"'))
+    with pytest.raises(CacheDamaged, match=r"codecs.*rewritten by another tool"):
+        Reader(location)

@@ -1,0 +1,57 @@
+"""Caches of format version 1 stay readable, to the same numbers, for ever."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache import Reader, decode, verify
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FINGERPRINT = "b83f8add26bf8b04957fa57b504da67c52386a112e71e41fb703e176404134a9"
+CASES = {
+    "version_1.zarr": (
+        "float16",
+        "210c0f23b11531c2f07ba50867c8bcae0d24326237eff32761b6cab36319b2c2",
+    ),
+    "version_1.h5": (
+        "bfloat16",
+        "3c17d833e9b698e841a48f04224b2f162b9aa9c08b3fb8b91549c5269b0f5494",
+    ),
+}
+
+
+def make():
+    spec = importlib.util.spec_from_file_location("make_golden", GOLDEN / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_cache_reads_to_known_numbers(name):
+    storage, content = CASES[name]
+    assert verify(GOLDEN / name).ok
+    with Reader(GOLDEN / name) as reader:
+        assert reader.manifest.format_version == 1
+        assert reader.manifest.storage == storage
+        assert reader.fingerprint == FINGERPRINT
+        assert reader.content == content
+        assert reader.skipped == {3: "truncated image"}
+        assert reader.keys == ["0.png", "1.png", "2.png", "3.png", "4.png"]
+        np.testing.assert_array_equal(reader.split_rows("test"), [4])
+        np.testing.assert_array_equal(reader.final_norm["weight"], [0, 1, 2, 3])
+        expected = (np.arange(240).reshape(5, 2, 3, 2, 4) % 97 / 8).astype(np.float32)
+        expected[3] = 0
+        for view in (0, 1):
+            read = decode(reader.read(range(5), view=view), storage)
+            np.testing.assert_array_equal(read, expected[:, view])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_todays_writer_makes_the_golden_content(name, tmp_path):
+    storage, content = CASES[name]
+    make().write(tmp_path / name, storage)
+    with Reader(tmp_path / name) as reader:
+        assert reader.content == content

@@ -1,0 +1,181 @@
+"""The manifest: round trips, identity, layout arithmetic, refusals."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache import (
+    CacheDamaged,
+    FormatVersionError,
+    Manifest,
+    NameMissing,
+    Stack,
+    Target,
+    differences,
+)
+from cache.ledger import Record, record_bytes
+from cache.manifest import canonical_json, default_rows_per_shard
+
+NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(st.text(), JSON, max_size=4)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    stacks = tuple(
+        Stack(
+            name=name,
+            taps=tuple(draw(st.lists(st.text(min_size=1), min_size=1, max_size=4, unique=True))),
+            tokens=draw(st.integers(2, 300)),
+            prefix_tokens=draw(st.integers(0, 2)),
+            dim=draw(st.integers(1, 2000)),
+        )
+        for name in draw(st.lists(NAMES, min_size=1, max_size=3, unique=True))
+    )
+    classes = tuple(draw(st.lists(st.text(), max_size=4, unique=True)))
+    return Manifest(
+        identity=draw(OBJECTS),
+        storage=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
+        rows=draw(st.integers(1, 10**7)),
+        views=draw(st.integers(1, 4)),
+        rows_per_shard=draw(st.integers(0, 5000)),
+        stacks=stacks,
+        targets=(Target(name="label", classes=classes),),
+        splits=tuple(draw(st.lists(st.text(), max_size=3, unique=True))),
+        final_norm=draw(OBJECTS),
+        notes=draw(OBJECTS),
+    )
+
+
+@given(manifests())
+def test_round_trips(manifest):
+    again = Manifest.from_dict(json.loads(manifest.to_json()))
+    assert again == manifest
+    assert again.fingerprint == manifest.fingerprint
+    assert again.to_json() == manifest.to_json()
+
+
+@given(manifests())
+def test_shards_cover_every_row_once(manifest):
+    manifest = dataclasses.replace(manifest, rows=min(manifest.rows, 20_000))
+    rows = [row for shard in range(manifest.shards) for row in manifest.shard_rows(shard)]
+    assert rows == list(range(manifest.rows))
+    assert manifest.nbytes == manifest.rows * manifest.row_nbytes
+
+
+@given(manifests(), st.text(max_size=300))
+def test_the_fullest_record_fits(manifest, reason):
+    manifest = dataclasses.replace(manifest, rows_per_shard=min(manifest.rows_per_shard, 50))
+    shard = manifest.shards - 1
+    for rows in (manifest.shard_rows(0), manifest.shard_rows(shard)):
+        record = Record(
+            shard=shard,
+            rows=(rows.start, rows.stop),
+            digests={stack.name: ["f" * 32] * len(rows) for stack in manifest.stacks},
+            skipped=dict.fromkeys(rows, reason),
+        )
+        data = record.to_bytes(record_bytes(manifest))
+        assert len(data) == record_bytes(manifest)
+        again = Record.from_bytes(data)
+        assert again.rows == record.rows
+        assert all(reason.startswith(kept) for kept in again.skipped.values())
+
+
+def test_every_flipped_bit_of_a_record_is_noticed(sample):
+    record = Record(shard=0, rows=(0, 1), digests={"tokens": ["0" * 32]}, skipped={0: "why"})
+    data = record.to_bytes(300)
+    for position in range(len(data.rstrip(b"\0"))):
+        torn = bytearray(data)
+        torn[position] ^= 4
+        assert Record.from_bytes(bytes(torn)) is None
+        assert Record.from_bytes(data[:position].ljust(300, b"\0")) is None
+    assert Record.from_bytes(bytes(300)) is None
+    assert Record.from_bytes(b"") is None
+
+
+def test_fingerprint_is_the_identity_alone(sample):
+    changed = sample.with_manifest(rows_per_shard=9, notes={"other": 1}).manifest
+    assert changed.fingerprint == sample.manifest.fingerprint
+    reordered = dict(reversed(sample.manifest.identity.items()))
+    assert sample.with_manifest(identity=reordered).manifest.fingerprint == changed.fingerprint
+    other = sample.with_manifest(identity={**reordered, "seed": 1}).manifest
+    assert other.fingerprint != changed.fingerprint
+
+
+def test_differences_name_dotted_fields():
+    a = {"backbone": {"name": "x", "sha": "1"}, "taps": ["z0"], "old": 1}
+    b = {"backbone": {"name": "y", "sha": "1"}, "taps": ["z0", "z1"], "new": None}
+    assert differences(a, b) == [
+        ("backbone.name", "x", "y"),
+        ("new", "(absent)", None),
+        ("old", 1, "(absent)"),
+        ("taps", ["z0"], ["z0", "z1"]),
+    ]
+    assert differences(a, a) == []
+
+
+def test_default_shard_is_about_64_mib():
+    assert default_rows_per_shard(12 * 197 * 768 * 2) == 18
+    assert default_rows_per_shard(10**9) == 1
+    assert default_rows_per_shard(10) == 4096
+
+
+def test_tuples_in_the_identity_equal_lists(sample):
+    made = sample.with_manifest(identity={"mean": (0.5, 0.5)}).manifest
+    assert made.identity == {"mean": [0.5, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"storage": "float8"}, "storage 'float8': expected one of float32, float16, bfloat16"),
+        ({"rows": 0}, "at least one row"),
+        ({"stacks": ()}, "at least one stack"),
+        ({"splits": ("a", "a")}, "two splits have the same name"),
+        ({"identity": {"x": float("nan")}}, "identity must be nested JSON"),
+        ({"identity": {"x": object()}}, "identity must be nested JSON"),
+    ],
+)
+def test_refuses_nonsense(sample, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sample.with_manifest(**changes)
+
+
+def test_refuses_a_stack_or_target_of_nonsense():
+    with pytest.raises(ValueError, match="lower-case"):
+        Stack(name="A b", taps=("z0",), tokens=1, prefix_tokens=0, dim=1)
+    with pytest.raises(ValueError, match="prefix_tokens=2"):
+        Stack(name="a", taps=("z0",), tokens=1, prefix_tokens=2, dim=1)
+    with pytest.raises(ValueError, match="no two alike"):
+        Stack(name="a", taps=("z0", "z0"), tokens=1, prefix_tokens=0, dim=1)
+    with pytest.raises(ValueError, match="kind 'box' is unknown"):
+        Target(name="label", kind="box", classes=())
+
+
+def test_from_dict_refuses_other_versions_and_damage(sample):
+    document = sample.manifest.to_dict()
+    with pytest.raises(FormatVersionError, match="version 2, this program reads version 1"):
+        Manifest.from_dict({**document, "format_version": 2})
+    with pytest.raises(CacheDamaged, match="cannot be read"):
+        Manifest.from_dict({**document, "colour": "red"})
+    del document["stacks"]
+    with pytest.raises(CacheDamaged, match="cannot be read"):
+        Manifest.from_dict(document)
+    with pytest.raises(NameMissing, match="it holds tokens, late"):
+        sample.manifest.stack("other")
+
+
+def test_canonical_json_is_one_text_per_value():
+    assert canonical_json({"b": [1, 2.5], "a": "é"}) == '{"a":"\\u00e9","b":[1,2.5]}'
