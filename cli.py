@@ -258,9 +258,10 @@ def extract(as_json: bool, **values: Any) -> None:
 
 def _plan_line(plan: Any, config: Any) -> str:
     resumed = plan.rows - plan.pending_rows
+    images = f"{plan.pending_rows:,} images"
     already = f" ({resumed:,} of {plan.rows:,} rows already there)" if resumed else ""
     return (
-        f"{config.model} on {plan.device}, {plan.precision}: {plan.pending_rows:,} images{already}, "
+        f"{config.model} on {plan.device}, {plan.precision}: {images}{already}, "
         f"taps {plan.taps[0]}…{plan.taps[-1]} ({len(plan.taps)} x {plan.tokens} x {plan.dim}), "
         f"{_gb(plan.bytes)} of {config.dtype} to {config.out}"
     )
@@ -588,8 +589,8 @@ def predict(
         click.echo(f"{csv_file}: {len(read):,} photographs")
     else:
         for p in read:
-            ranked = zip(p.classes, p.probabilities, strict=True)
-            click.echo(f"{p.path}: " + ", ".join(f"{name} {value:.1%}" for name, value in ranked))
+            best = zip(p.classes, p.probabilities, strict=True)
+            click.echo(f"{p.path}: " + ", ".join(f"{name} {value:.1%}" for name, value in best))
     for p in found:
         if p.error is not None:
             click.echo(f"sidecache: {p.error}", err=True)
@@ -624,7 +625,7 @@ class Progress:
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
         self._begin: dict[str, float] = {}
-        self._last = time.monotonic()
+        self._last = self._previous = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -632,7 +633,8 @@ class Progress:
             self._bar.stop()
 
     def update(self, what: str, done: int, total: int, detail: str = "") -> None:
-        begin = self._begin.setdefault(what, time.monotonic())
+        begin = self._begin.setdefault(what, self._previous)
+        self._previous = time.monotonic()
         if sys.stderr.isatty():
             self._draw(what, done, total, detail)
         elif time.monotonic() - self._last >= self.SECONDS:

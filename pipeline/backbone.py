@@ -11,6 +11,7 @@ What this file does not know: caches, side networks, tasks.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -308,8 +309,11 @@ def _weights_sha256(model: nn.Module) -> str:
 
 
 def _unknown_model(name: str) -> str:
-    close = timm.list_models(f"*{name.split('.')[0]}*")[:5] or timm.list_models("vit_*")[:5]
-    return f"timm has no model {name!r}; close to it: {', '.join(close)}. See `sidecache models`."
+    close = difflib.get_close_matches(name, timm.list_models(), 4, cutoff=0.5)
+    return (
+        f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}. "
+        f"`sidecache models` lists what works."
+    )
 
 
 def _gist(error: Exception) -> str:

@@ -141,5 +141,6 @@ def _check_fit(trained: TrainedMember, reader: Reader) -> None:
             f"{name}: {pairs[name][0]} learned, {pairs[name][1]} here" for name in differing
         )
         raise RunError(
-            f"member {trained.id} learned from another kind of cache than {reader.location}:\n  {told}"
+            f"member {trained.id} learned from another kind of cache than "
+            f"{reader.location}:\n  {told}"
         )

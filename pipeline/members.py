@@ -49,7 +49,7 @@ class Stack:
     @property
     def parameters(self) -> int:
         """Of one member."""
-        return self.optimiser.flat.shape[1]
+        return self.optimiser.parameters_each
 
     def streams(self, epoch: int) -> list[torch.Generator]:
         """One random stream a member for this epoch's drop-path, from its own seed."""

@@ -1,8 +1,8 @@
 """AdamW and learning-rate schedules for K members at once, each with its own settings.
 
-The parameters of a network of K members are laid into one (K, P) matrix, so that a step is a few
-elementwise operations whatever the number of parameters, and a setting per member is a column.
-Equal to `torch.optim.AdamW` member by member (a test holds it).
+The parameters of a network lie one after the other in one flat buffer, each as (K, its size), so
+that the moments take a few elementwise operations whatever the number of parameters. Equal to
+`torch.optim.AdamW` member by member (a test holds it).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class MemberAdamW:
     """AdamW over a module whose parameters all have a leading axis K.
 
     `decayed(name)` says which parameters weight decay applies to. Takes the parameters over: they
-    become views into `flat` (K, P), their gradients views into `gradient`.
+    become views into `flat` (N,), their gradients views into `gradient`.
     """
 
     def __init__(
@@ -31,23 +31,29 @@ class MemberAdamW:
     ) -> None:
         named = list(network.named_parameters())
         members, device = len(weight_decay), named[0][1].device
-        sizes = [parameter[0].numel() for _, parameter in named]
-        self.flat = torch.empty(members, sum(sizes), device=device)
-        self.gradient = torch.zeros_like(self.flat)
-        self.mean = torch.zeros_like(self.flat)
-        self.square = torch.zeros_like(self.flat)
+        sizes = [parameter.numel() for _, parameter in named]
+        self.flat = torch.empty(sum(sizes), device=device)
+        self.gradient, self.mean, self.square, self.decay = (
+            torch.zeros_like(self.flat) for _ in range(4)
+        )
+        self.parameters_each = sum(sizes) // members
         self.steps = 0
-        decays = torch.zeros(sum(sizes), device=device)
-        begin = 0
-        for (name, parameter), size in zip(named, sizes, strict=True):
-            place = slice(begin, begin + size)
-            self.flat[:, place] = parameter.detach().flatten(1)
-            parameter.data = self.flat[:, place].unflatten(1, parameter.shape[1:])
-            parameter.grad = self.gradient[:, place].unflatten(1, parameter.shape[1:])
-            decays[place] = float(decayed(name))
-            begin += size
-        self.decay = torch.tensor(weight_decay, device=device)[:, None] * decays  # (K, P)
+        self._shapes = [(members, size // members) for size in sizes]
+        rates = torch.tensor(weight_decay, device=device)[:, None]
+        places = zip(self._blocks(self.flat), self._blocks(self.gradient), strict=True)
+        decays = self._blocks(self.decay)
+        for (name, parameter), (values, gradient), decay in zip(named, places, decays, strict=True):
+            values.copy_(parameter.detach().flatten(1))
+            parameter.data = values.view(parameter.shape)
+            parameter.grad = gradient.view(parameter.shape)
+            decay.copy_((rates * decayed(name)).expand_as(decay))
 
+    def _blocks(self, flat: Tensor) -> list[Tensor]:
+        """The parameters' places in a flat buffer, each (K, size of one member's)."""
+        parts = flat.split([members * size for members, size in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    @torch.no_grad()
     def step(self, lr: Tensor, alive: Tensor) -> None:
         """One update; `lr` (K,), `alive` (K,) bool. Members not alive keep their parameters."""
         self.steps += 1
@@ -55,9 +61,10 @@ class MemberAdamW:
         self.mean.lerp_(self.gradient, 1 - beta1)
         self.square.mul_(beta2).addcmul_(self.gradient, self.gradient, value=1 - beta2)
         root = (self.square / (1 - beta2**self.steps)).sqrt_().add_(EPS)
-        update = self.mean / root / (1 - beta1**self.steps) + self.decay * self.flat
-        update *= -lr[:, None]
-        self.flat += torch.where(alive[:, None], update, 0.0)
+        update = (self.mean / root).div_(1 - beta1**self.steps)
+        update.addcmul_(self.decay, self.flat)
+        for values, change in zip(self._blocks(self.flat), self._blocks(update), strict=True):
+            values -= torch.where(alive[:, None], lr[:, None] * change, 0.0)
 
     def zero_gradient(self) -> None:
         """Set all gradients to zero, in place."""

@@ -432,6 +432,7 @@ def _hfids_samples(part: _Part) -> _Images:
 
 
 def _tfds_samples(part: _Part) -> _Images:
+    # Only after timm, which loads triton: triton 3.9 loaded after tensorflow 2.21 aborts.
     tfds = importlib.import_module("tensorflow_datasets")
     reader = _reader(part)
     encoded = reader.builder.as_dataset(

@@ -811,6 +811,8 @@ def test_hugging_face_rows_that_are_broken(tmp_path: Path, prefix: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_tensorflow_data_sets(tmp_path: Path) -> None:
+    import pipeline.timm_datasets  # noqa: F401  (triton aborts the process if tensorflow came first)
+
     pytest.importorskip("tensorflow")
     tfds = pytest.importorskip("tensorflow_datasets")
     images = [noise("JPEG"), encoded(3, "JPEG"), b""]

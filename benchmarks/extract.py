@@ -1,0 +1,139 @@
+"""`extract` against a bare loop that only decodes the images and runs the backbone over them.
+
+Both use the same files, DataLoader workers, transform, batch size, bfloat16 autocast and allocator
+setting, and both start their workers inside the clock. Ours also hooks every block, casts, copies,
+hashes, writes and forces to the disk; the bare loop throws its output away. Building the model is
+in neither. The share left is what a cache costs over the forward pass that nobody can avoid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import timm
+import torch
+from measure import alternate, medians, print_line
+from PIL import Image
+from synthetic import write_photographs
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.config import ExtractConfig
+from pipeline.device import keep_freed_memory, pick_device
+from pipeline.extract import extract
+
+GOAL = 0.9
+FORMATS = ("zarr", "h5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", help="where to put the files  [default: a temporary folder]")
+    options = parser.parse_args()
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        measure(options, Path(folder))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    photographs = folder / "photographs"
+    write_photographs(photographs, options.images)
+    device = pick_device(options.device)
+    model = timm.create_model(options.model, pretrained=options.pretrained)
+    model = model.eval().requires_grad_(False).to(device)
+    data = Photographs(photographs, resolve_model_data_config(model))
+    legs: dict[str, dict[str, float]] = {}
+
+    def bare() -> float:
+        return forward_all(model, data, device, options)
+
+    def ours(suffix: str) -> float:
+        config = ExtractConfig(
+            images=str(photographs),
+            model=options.model,
+            pretrained=options.pretrained,
+            out=str(folder / f"cache.{suffix}"),
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device,
+            amp=True,
+        )
+        result = extract(config)
+        assert result.complete and result.extracted_rows == options.images
+        legs[suffix] = result.legs
+        discard(Path(config.out))
+        return result.images_per_second
+
+    few = Photographs(photographs, data.config, limit=2 * options.batch_size)
+    forward_all(model, few, device, options)  # warm
+    systems = {"bare": bare, **{suffix: lambda s=suffix: ours(s) for suffix in FORMATS}}
+    rates = alternate(systems, options.rounds)
+    speed = medians(rates)
+    print_line(
+        "extract",
+        device=options.device,
+        ratio={suffix: speed[suffix] / speed["bare"] for suffix in FORMATS},
+        goal=GOAL,
+        baseline="decode and forward_features, nothing kept",
+        images_per_second=speed,
+        legs_seconds=legs,
+        rounds=rates,
+        sizes={k: getattr(options, k) for k in ("model", "images", "batch_size", "workers")},
+    )
+
+
+class Photographs(Dataset[Tensor]):
+    """The files, decoded and transformed with timm's own evaluation transform."""
+
+    def __init__(self, folder: Path, config: dict, limit: int | None = None) -> None:
+        self.paths = sorted(folder.rglob("*.jpg"))[:limit]
+        self.config, self.transform = config, create_transform(**config)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(Image.open(self.paths[index]).convert("RGB"))
+
+
+def forward_all(
+    model: nn.Module, data: Photographs, device: torch.device, options: argparse.Namespace
+) -> float:
+    """Images per second of one pass over the data."""
+    on_gpu = device.type == "cuda"
+    begin = time.perf_counter()
+    loader = DataLoader(
+        data, batch_size=options.batch_size, num_workers=options.workers, pin_memory=on_gpu
+    )
+    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16):
+        for images in loader:
+            model.forward_features(images.to(device, non_blocking=True))
+    if on_gpu:
+        torch.cuda.synchronize()
+    return len(data) / (time.perf_counter() - begin)
+
+
+def discard(cache: Path) -> None:
+    """Outside the clock: the cache's disk and page cache, and the backbone's memory."""
+    if cache.is_dir():
+        shutil.rmtree(cache)
+    else:
+        cache.unlink()
+    gc.collect()
+
+
+if __name__ == "__main__":
+    main()

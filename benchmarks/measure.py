@@ -1,0 +1,106 @@
+"""What the benchmarks share: alternating rounds, peak memory, and the one JSON line.
+
+A speed on its own says more about the machine than about the code, so every benchmark measures a
+baseline in the same run and takes turns with it: A B A B. Medians over the rounds are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def alternate(systems: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call every system once a round, in turn; the numbers that each gave, by name."""
+    measured: dict[str, list[float]] = {name: [] for name in systems}
+    for _ in range(rounds):
+        for name, system in systems.items():
+            measured[name].append(system())
+    return measured
+
+
+def medians(measured: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: median(values) for name, values in measured.items()}
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had resident.
+
+    Linux hands `ru_maxrss` of the parent down to a child, through exec too; VmHWM starts afresh.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def print_line(benchmark: str, *, device: str = "cpu", **fields: Any) -> None:
+    """The result: one line of JSON on stdout, with what is needed to judge it later."""
+    where = {
+        "device": _device_name(device),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    print(json.dumps(_rounded({"benchmark": benchmark, **fields, **where})), flush=True)
+
+
+def commit() -> str | None:
+    """The commit of this working tree, `-dirty` if files differ; else $COMMIT, else None."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if head.returncode:
+            return os.environ.get("COMMIT")
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    except FileNotFoundError:
+        return os.environ.get("COMMIT")
+    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def _device_name(device: str) -> str:
+    from pipeline.device import name_of, pick_device
+
+    return name_of(pick_device(device))
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _rounded(value: Any) -> Any:
+    """Four significant digits are more than a benchmark can vouch for."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,265 @@
+"""LAST trained from a cache, against LAST trained live and against LoRA, in images a second.
+
+    ours  pipeline.batches.Batches (resident features, the batch selected) + members.Stack.step
+    live  the same LAST, the backbone run over the batch at every step (no gradient, bfloat16)
+    lora  peft, rank 8 on qkv, head trained, AdamW; forward and backward through the backbone
+
+Each system lives in a process of its own, so that its peak memory can be told, and the processes
+take turns. Live and LoRA get random tensors for images: they are spared the decoding, which a real
+training pays at every epoch. A fourth process measures the matrix rate for the floor (floor.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from measure import alternate, medians, peak_memory, print_line
+from synthetic import CLASSES, write_features
+
+GOALS = {"live": 10.0, "lora": 20.0, "memory": 0.35}
+LEARNING_RATE = 2e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="for live and LoRA")
+    parser.add_argument("--taps", type=int, default=13)
+    parser.add_argument("--tokens", type=int, default=197)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=3, help="of ours, a round")
+    parser.add_argument("--steps", type=int, default=2, help="of live and LoRA, a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", help="where to put the cache  [default: a temporary folder]")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        measure(options, Path(folder) / "cache.zarr")
+
+
+def measure(options: argparse.Namespace, cache: Path) -> None:
+    sizes = {"taps": options.taps, "tokens": options.tokens, "dim": options.dim}
+    write_features(cache, rows=options.rows, **sizes)
+    with processes(options, cache) as systems:
+        rates = alternate({name: system.round for name, system in systems.items()}, options.rounds)
+        memory = {name: system.finish() for name, system in systems.items() if name != "matrix"}
+    speed = medians(rates)
+    matrix = speed.pop("matrix")
+    from floor import last_step_operations  # torch, which the parent of the processes does without
+
+    operations = last_step_operations(
+        tokens=options.tokens, dim=options.dim, rank=16, modules=options.taps - 1
+    )
+    floor = matrix / sum(operations.values())
+    features = memory["ours"]["features"]
+    own = memory["ours"]["peak"] - features
+    print_line(
+        "train",
+        device=options.device,
+        ratio={
+            "live": speed["ours"] / speed["live"],
+            "lora": speed["ours"] / speed["lora"],
+            "memory": own / memory["lora"]["peak"],
+        },
+        goal=GOALS,
+        baseline="the same LAST behind its backbone; LoRA (peft, r = 8 on qkv)",
+        images_per_second=speed,
+        peak_bytes={name: record["peak"] for name, record in memory.items()},
+        ready_bytes={name: record["ready"] for name, record in memory.items()},
+        feature_bytes=features,
+        floor={
+            "operations_per_image": operations,
+            "matrix_operations_per_second": matrix,
+            "images_per_second": floor,
+            "reached": speed["ours"] / floor,
+        },
+        rounds=rates,
+        sizes={
+            **sizes,
+            **{k: getattr(options, k) for k in ("model", "rows", "batch_size", "epochs", "steps")},
+        },
+    )
+
+
+# --- one process a system -----------------------------------------------------------------------
+
+
+class System:
+    """The near end of a process that measures one round when asked."""
+
+    def __init__(self, name: str, options: argparse.Namespace, cache: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, far_end = context.Pipe()
+        arguments = (name, options, cache, far_end)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        far_end.close()  # the child has its own; if it dies, `recv` raises EOFError
+        self.pipe.recv()  # ready
+
+    def round(self) -> float:
+        self.pipe.send("round")
+        return self.pipe.recv()
+
+    def finish(self) -> dict[str, int]:
+        self.pipe.send("finish")
+        return self.pipe.recv()
+
+
+@contextmanager
+def processes(options: argparse.Namespace, cache: Path) -> Iterator[dict[str, System]]:
+    systems: dict[str, System] = {}
+    try:
+        for name in SYSTEMS:
+            systems[name] = System(name, options, cache)
+        yield systems
+    finally:
+        for system in systems.values():
+            system.process.terminate()
+            system.process.join()
+
+
+def serve(name: str, options: argparse.Namespace, cache: Path, pipe: Connection) -> None:
+    """The far end: build the system, warm up, then a round a request."""
+    import torch
+
+    from pipeline.device import keep_freed_memory, pick_device
+
+    keep_freed_memory()
+    device = pick_device(options.device)
+
+    def peak() -> int:
+        return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+
+    run, features = SYSTEMS[name](options, cache, device)
+    ready = peak()  # loaded, nothing computed
+    run()  # warm
+    pipe.send("ready")
+    while pipe.recv() == "round":
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        done = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(done / (time.perf_counter() - begin))
+    pipe.send({"peak": peak(), "ready": ready, "features": features})
+
+
+# --- the systems ----------------------------------------------------------------------------------
+
+# does one round and returns what it did (images, operations); and the bytes of features it holds
+Round = tuple[Callable[[], float], int]
+
+
+def ours(options: argparse.Namespace, cache: Path, device: Any) -> Round:
+    import torch
+
+    from cache import Reader
+    from pipeline.batches import Batches, feature_spec, labelled_rows
+    from pipeline.config import Member
+    from pipeline.members import make_stacks
+
+    reader = Reader(cache)
+    rows, labels = labelled_rows(reader, ["train"])
+    (stack,) = make_stacks([Member(method="last")], feature_spec(reader, CLASSES), device)
+    batches = Batches(reader, rows, labels, [stack.network], device=device, dtype=torch.bfloat16)
+    batches.load(device)
+    lr = torch.tensor([LEARNING_RATE], device=device)
+    shuffle = torch.Generator().manual_seed(0)
+
+    def run() -> float:
+        for _ in range(options.epochs):
+            order = torch.randperm(len(batches), generator=shuffle)
+            for number, batch in enumerate(batches.epoch(options.batch_size, order)):
+                stack.step(batch, 0, lr, None, number)
+        return options.epochs * len(batches)
+
+    return run, batches.nbytes
+
+
+def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
+    import torch
+
+    from cache import Reader
+    from pipeline.backbone import load_backbone
+    from pipeline.batches import Batch, feature_spec
+    from pipeline.config import Member
+    from pipeline.members import make_stacks
+
+    with Reader(cache) as reader:
+        spec = feature_spec(reader, CLASSES)
+    backbone = load_backbone(options.model, device=device, pretrained=False, preprocessing={})
+    backbone.keep(spec.taps)
+    (stack,) = make_stacks([Member(method="last")], spec, device)
+    images, labels = random_batch(options, device)
+    shape = (options.batch_size, options.taps, options.tokens, options.dim)
+    features = torch.empty(shape, dtype=torch.float16, device=device)
+    lr = torch.tensor([LEARNING_RATE], device=device)
+
+    def keep(position: int, tokens: torch.Tensor) -> None:
+        features[:, position].copy_(tokens)
+
+    def run() -> float:
+        for number in range(options.steps):
+            backbone.read_taps(images, keep, precision=torch.bfloat16)
+            with torch.no_grad():
+                operands = stack.network.operands(features, torch.bfloat16)
+            stack.step(Batch([operands], labels), 0, lr, None, number)
+        return options.steps * options.batch_size
+
+    return run, 0
+
+
+def lora(options: argparse.Namespace, cache: Path, device: Any) -> Round:
+    import timm
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = timm.create_model(options.model, pretrained=False, num_classes=CLASSES)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["qkv"], modules_to_save=["head"])
+    network = get_peft_model(model, config).to(device).train()
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    images, labels = random_batch(options, device)
+
+    def run() -> float:
+        for _ in range(options.steps):
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                logits = network(images)
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return options.steps * options.batch_size
+
+    return run, 0
+
+
+def matrix(options: argparse.Namespace, cache: Path, device: Any) -> Round:
+    from floor import matrix_products
+
+    return matrix_products(device), 0
+
+
+def random_batch(options: argparse.Namespace, device: Any) -> Any:
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(options.batch_size, 3, 224, 224, generator=random).to(device)
+    labels = torch.randint(CLASSES, (options.batch_size,), generator=random).to(device)
+    return images, labels
+
+
+SYSTEMS = {"ours": ours, "live": live, "lora": lora, "matrix": matrix}
+
+if __name__ == "__main__":
+    main()

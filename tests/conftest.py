@@ -1,0 +1,111 @@
+"""Small honest doubles: timm's `test_vit` with random weights, a few 32-pixel images, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.config import ExtractConfig, Member, TrainConfig
+from pipeline.extract import extract
+from pipeline.side import FeatureSpec
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--real-data", help="folder with real image sets and weights/, for slow checks")
+
+
+@pytest.fixture
+def real_data(request: pytest.FixtureRequest) -> Path:
+    """The folder given with --real-data; the test is skipped without it."""
+    folder = request.config.getoption("--real-data")
+    if folder is None:
+        pytest.skip("needs real image sets and weights: pytest --real-data DIR")
+    return Path(folder)
+
+
+def paint(folder: Path, *, train: int = 4, val: int = 2, test: int = 2, side: int = 32) -> Path:
+    """A class folder tree: three classes told apart by colour, noise on top."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val), ("test", test)):
+        for label, name in enumerate(("blue", "green", "red")):
+            for number in range(count):
+                pixels = random.integers(0, 120, (side, side, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 120
+                path = folder / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images in three classes and three splits. Read-only: paint your own to change one."""
+    return paint(tmp_path_factory.mktemp("images"))
+
+
+def extract_config(images: Path, out: Path, **changes: object) -> ExtractConfig:
+    """test_vit at 32 pixels (4 + 1 tokens), float32, no worker processes: fast and exact."""
+    defaults: dict[str, object] = {
+        "model": "test_vit",
+        "pretrained": False,
+        "img_size": (32, 32),
+        "batch_size": 5,
+        "workers": 0,
+        "device": "cpu",
+        "amp": False,
+        "dtype": "float32",
+    }
+    return ExtractConfig(images=str(images), out=str(out), **{**defaults, **changes})
+
+
+@pytest.fixture(scope="session", params=["zarr", "h5"])
+def cache(
+    request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The images' cache in each format."""
+    out = tmp_path_factory.mktemp("cache") / f"features.{request.param}"
+    extract(extract_config(images, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def zarr_cache(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images' cache, where one format is enough."""
+    out = tmp_path_factory.mktemp("cache") / "features.zarr"
+    extract(extract_config(images, out))
+    return out
+
+
+def train_config(cache: Path, out: Path, *members: Member, **changes: object) -> TrainConfig:
+    """A short float32 pass on the CPU."""
+    defaults: dict[str, object] = {"device": "cpu", "amp": False, "batch_size": 5}
+    chosen = members or (Member(method="last", epochs=3, warmup_epochs=1, settings={"rank": 4}),)
+    return TrainConfig(cache=str(cache), out=str(out), members=chosen, **{**defaults, **changes})
+
+
+@pytest.fixture
+def make_spec() -> Callable[..., FeatureSpec]:
+    """A feature shape with a random final norm."""
+
+    def make(blocks: int = 4, **changes: object) -> FeatureSpec:
+        generator = torch.Generator().manual_seed(7)
+        dim = int(changes.get("dim", 24))  # type: ignore[call-overload]
+        defaults: dict[str, object] = {
+            "taps": tuple(f"z{i}" for i in range(blocks + 1)),
+            "tokens": 9,
+            "prefix_tokens": 1,
+            "dim": dim,
+            "classes": 5,
+            "norm": "layer",
+            "norm_eps": 1e-6,
+            "norm_weight": torch.rand(dim, generator=generator) + 0.5,
+            "norm_bias": torch.rand(dim, generator=generator),
+        }
+        return FeatureSpec(**{**defaults, **changes})
+
+    return make

@@ -1,0 +1,177 @@
+"""Taps against forward hooks registered here, on every kind of plain ViT; weights and norms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.backbone import Backbone, load_backbone
+from pipeline.errors import BackboneError, SettingError
+from pipeline.side.layers import FrozenNorm, pool_tokens
+from pipeline.side import FeatureSpec
+from pipeline.taps import parse_taps
+
+CPU = torch.device("cpu")
+KINDS = {  # name → prefix tokens
+    "vit_tiny_patch16_224": 1,
+    "vit_medium_patch16_reg4_gap_256": 4,  # register tokens, no class token
+    "vit_small_patch14_reg4_dinov2": 5,  # class and register tokens, layer scale
+    "deit_tiny_distilled_patch16_224": 2,
+    "vit_base_patch16_clip_224": 1,  # norm_pre
+    "vit_base_patch16_siglip_224": 0,  # attention pooling, no class token
+    "vit_small_patch14_dinov2": 1,  # layer scale
+    "vit_tiny_patch16_224.augreg_in21k": 1,
+    "eva02_tiny_patch14_224": 1,  # rotary embedding, SwiGLU
+    "vit_small_patch16_dinov3": 5,
+    "vit_relpos_medium_patch16_cls_224": 1,
+    "test_vit2": 1,  # average pooling, fc_norm
+}
+SIZES = {"vit_small_patch14_dinov2": 70, "vit_small_patch14_reg4_dinov2": 70, "eva02_tiny_patch14_224": 70}
+
+
+def load(name: str) -> Backbone:
+    side = SIZES.get(name, 64)
+    return load_backbone(
+        name, device=CPU, pretrained=False, preprocessing={"img_size": (side, side)}
+    )
+
+
+def read(backbone: Backbone, images: Tensor) -> dict[int, Tensor]:
+    taps: dict[int, Tensor] = {}
+    backbone.read_taps(images, lambda i, x: taps.update({i: x.clone()}), precision=torch.float32)
+    return taps
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_taps_equal_forward_hooks(name: str) -> None:
+    backbone = load(name)
+    assert backbone.prefix_tokens == KINDS[name]
+    images = torch.randn(2, 3, *backbone.preprocessing.img_size)
+    ours = read(backbone, images)
+
+    seen: dict[int, Tensor] = {}
+    model: Any = backbone.model
+
+    def first(_module: Any, args: Any, kwargs: Any) -> None:
+        seen[0] = (args[0] if args else kwargs["x"]).clone()
+
+    handles = [model.blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
+    for i, block in enumerate(model.blocks, start=1):
+        handles.append(
+            block.register_forward_hook(lambda _m, _a, out, i=i: seen.update({i: out.clone()}))
+        )
+    with torch.no_grad():
+        model.forward_features(images)
+    assert sorted(ours) == list(range(backbone.blocks + 1)) == sorted(seen)
+    for i, tokens in seen.items():
+        assert tokens.shape == (2, backbone.tokens, backbone.dim)
+        assert (ours[i] - tokens).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "test_vit2"])
+def test_last_tap_final_norm_and_head_give_the_models_own_logits(name: str) -> None:
+    """Raw zL, pooled and normed by our constants, is what the model's own head sees."""
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, img_size=64).eval()
+    norm = model.norm if not isinstance(model.norm, torch.nn.Identity) else model.fc_norm
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images)
+        pooled_first = isinstance(model.norm, torch.nn.Identity)
+        tokens = model.blocks(model._pos_embed(model.patch_embed(images)))
+    spec = FeatureSpec(
+        taps=("z1",), tokens=tokens.shape[1], prefix_tokens=1, dim=tokens.shape[2], classes=2,
+        norm="layer", norm_eps=norm.eps, norm_weight=norm.weight.data, norm_bias=norm.bias.data,
+    )  # fmt: skip
+    pooled = pool_tokens(tokens, "mean" if pooled_first else "cls", 1)
+    with torch.no_grad():
+        logits = model.head(FrozenNorm(spec)(pooled))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_taps_run_fewer_blocks() -> None:
+    backbone = load("test_vit")
+    images = torch.randn(2, 3, 64, 64)
+    everything = read(backbone, images)
+    backbone.keep(("z0", "z2", "z3"))
+    assert len(backbone.model.blocks) == 3  # type: ignore[arg-type]
+    fewer = read(backbone, images)
+    assert [torch.equal(fewer[i], everything[n]) for i, n in enumerate((0, 2, 3))] == [True] * 3
+
+
+def test_weights_from_a_file_are_the_weights(tmp_path: Path) -> None:
+    """safetensors and pth, with a classifier of another size: same digest, same taps."""
+    torch.manual_seed(3)
+    model: Any = timm.create_model("test_vit", num_classes=7)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "w.pth")
+    one, other = (
+        load_backbone("test_vit", device=CPU, weights=tmp_path / name)
+        for name in ("w.safetensors", "w.pth")
+    )
+    random = load_backbone("test_vit", device=CPU, pretrained=False)
+    assert one.weights_sha256 == other.weights_sha256 != random.weights_sha256
+    state: Any = one.model.state_dict()
+    assert torch.equal(state["blocks.5.mlp.fc2.weight"], model.blocks[5].mlp.fc2.weight)
+
+
+def test_random_weights_come_from_the_seed_and_leave_the_global_stream_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    digests = [
+        load_backbone("test_vit", device=CPU, pretrained=False, seed=seed).weights_sha256
+        for seed in (0, 0, 1)
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_messages_name_what_was_expected(tmp_path: Path) -> None:
+    state = timm.create_model("test_vit").state_dict()
+    partial = tmp_path / "partial.safetensors"
+    save_file({k: v for k, v in state.items() if not k.startswith("blocks.5")}, partial)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nonsense")
+    cases = [
+        ("no_such_vit", {}, "timm has no model 'no_such_vit'; close to it"),
+        ("resnet18", {"pretrained": False}, "expected a plain vision transformer"),
+        ("swin_tiny_patch4_window7_224", {"pretrained": False}, "SwinTransformer"),
+        ("test_vit", {"weights": tmp_path / "absent.pth"}, "there is no such file"),
+        ("test_vit", {"weights": broken}, "could not read it"),
+        ("test_vit", {"weights": partial}, "does not fit test_vit.*blocks.5"),
+        ("test_vit2", {"weights": partial}, "does not fit test_vit2"),
+    ]
+    for name, arguments, message in cases:
+        with pytest.raises(BackboneError, match=message):
+            load_backbone(name, device=CPU, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all", [0, 1, 2, 3, 4, 5, 6]),
+        ("0,3,6", [0, 3, 6]),
+        ("z6, z0", [0, 6]),
+        ("every:2", [0, 2, 4, 6]),
+        ("every:4", [2, 6]),
+        ("last:2", [5, 6]),
+    ],
+)
+def test_taps_grammar(text: str, expected: list[int]) -> None:
+    assert parse_taps(text, 6) == tuple(f"z{i}" for i in expected)
+
+
+@pytest.mark.parametrize("text", ["", "some", "every:0", "every:x", "last:0", "0,7", "-1", "1:2:3"])
+def test_taps_grammar_refuses(text: str) -> None:
+    with pytest.raises(SettingError, match="--taps"):
+        parse_taps(text, 6)

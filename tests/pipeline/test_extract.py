@@ -1,0 +1,233 @@
+"""Stage one as a whole: what is written, resumed, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import extract_config, paint
+from PIL import Image
+
+from cache import CacheIncomplete, IdentityMismatch, Reader, StorageOverflow, decode, verify
+from pipeline import extract as stage
+from pipeline.backbone import load_backbone
+from pipeline.errors import ImageError
+from pipeline.extract import Skipped, extract
+from pipeline.images import open_source
+
+CPU = torch.device("cpu")
+
+
+def arrays(path: Path) -> np.ndarray:
+    with Reader(path) as reader:
+        return reader.read(range(reader.manifest.rows))
+
+
+def test_cache_holds_every_tap_of_every_image(cache: Path, images: Path) -> None:
+    """Row by row against the model called by hand."""
+    backbone = load_backbone(
+        "test_vit", device=CPU, pretrained=False, preprocessing={"img_size": (32, 32)}
+    )
+    source = open_source(images)
+    transform = backbone.preprocessing.transform()
+    with Reader(cache) as reader:
+        assert reader.keys == [row.key for row in source.rows]
+        assert reader.labels().tolist() == [row.label for row in source.rows]
+        assert {name: len(reader.split_rows(name)) for name in ("train", "val", "test")} == {
+            "train": 12, "val": 6, "test": 6,
+        }  # fmt: skip
+        assert reader.manifest.stacks[0].taps == tuple(f"z{i}" for i in range(7))
+        norm = reader.final_norm
+        for row in (0, 11, 23):
+            taps: dict[int, torch.Tensor] = {}
+            image = transform(source.open(row))[None]
+            backbone.read_taps(
+                image, lambda i, x, taps=taps: taps.update({i: x[0]}), precision=torch.float32
+            )
+            stored = torch.from_numpy(reader.read([row])[0])
+            torch.testing.assert_close(stored, torch.stack([taps[i] for i in range(7)]))
+    model: Any = backbone.model
+    assert np.array_equal(norm["weight"], model.norm.weight.numpy())
+    assert norm["eps"] == model.norm.eps
+
+
+def test_formats_hold_the_same_bytes(images: Path, tmp_path: Path) -> None:
+    for dtype in ("float32", "float16", "bfloat16"):
+        outs = [tmp_path / f"{dtype}.{suffix}" for suffix in ("zarr", "h5")]
+        results = [extract(extract_config(images, out, dtype=dtype)) for out in outs]
+        assert results[0].content == results[1].content
+        assert results[0].fingerprint == results[1].fingerprint
+        assert arrays(outs[0]).tobytes() == arrays(outs[1]).tobytes()
+        assert all(verify(out).ok for out in outs)
+
+
+def test_storage_types_round_the_float32_features(
+    zarr_cache: Path, images: Path, tmp_path: Path
+) -> None:
+    exact = arrays(zarr_cache)
+    for dtype, error in (("float16", 2**-11), ("bfloat16", 2**-8)):
+        out = tmp_path / f"{dtype}.zarr"
+        extract(extract_config(images, out, dtype=dtype))
+        stored = decode(arrays(out), dtype)
+        assert (np.abs(stored - exact) <= np.abs(exact) * error + 1e-6).all()
+
+
+def test_worker_processes_change_nothing(zarr_cache: Path, images: Path, tmp_path: Path) -> None:
+    extract(extract_config(images, tmp_path / "c.zarr", workers=2))
+    assert np.array_equal(arrays(tmp_path / "c.zarr"), arrays(zarr_cache))
+
+
+def test_a_second_call_does_nothing(cache: Path, images: Path) -> None:
+    files = [p for p in ([cache] if cache.is_file() else cache.rglob("*")) if p.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    assert extract(extract_config(images, cache)).extracted_rows == 0
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+@pytest.mark.parametrize("suffix", ["zarr", "h5"])
+def test_an_interrupted_extraction_goes_on(
+    images: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row a shard, stopped in the middle; batches do not line up with what is left."""
+    monkeypatch.setattr("cache.manifest.SHARD_BYTES", 1)
+    whole, broken = tmp_path / f"whole.{suffix}", tmp_path / f"broken.{suffix}"
+    extract(extract_config(images, whole))
+    seen = []
+
+    def stop(record: object) -> None:
+        seen.append(record)
+        if isinstance(record, stage.Extracted) and record.rows >= 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(extract_config(images, broken), stop)
+    with pytest.raises(CacheIncomplete, match="of 24"):
+        Reader(broken)
+    result = extract(extract_config(images, broken))
+    assert 0 < result.extracted_rows < 24
+    assert np.array_equal(arrays(broken), arrays(whole))
+
+
+@pytest.mark.parametrize("suffix", ["zarr", "h5"])
+def test_kill_9_then_the_same_command(images: Path, tmp_path: Path, suffix: str) -> None:
+    """The command line, killed as soon as its first shards are on disk, then run again."""
+    whole, killed = tmp_path / f"whole.{suffix}", tmp_path / f"killed.{suffix}"
+    arguments = ["extract", str(images), "--model", "test_vit", "--no-pretrained", "--no-amp"]
+    arguments += ["--img-size", "32", "-j", "0", "-b", "5", "--dtype", "float32", "--device", "cpu"]
+    slow = "import time; real = stage._write\n" + (
+        "def late(*a):\n    time.sleep(0.4)\n    return real(*a)\nstage._write = late\n"
+    )
+    script = "import cache.manifest\ncache.manifest.SHARD_BYTES = 1\n"
+    script += "import pipeline.extract as stage\nimport cli\n" + slow + "cli.main()\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments, "--out", str(killed)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if _rows_done(killed) >= 5:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, "the process ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = _rows_done(killed)
+    assert 5 <= done < 24
+    extract(extract_config(images, whole))
+    result = extract(extract_config(images, killed))
+    assert result.extracted_rows == 24 - done
+    assert np.array_equal(arrays(killed), arrays(whole))
+    assert verify(killed).ok
+
+
+def _rows_done(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with Reader(path, allow_incomplete=True) as reader:
+        return reader.rows_done
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model": "test_vit2"}, "backbone.name"),
+        ({"seed": 1}, "backbone.weights_sha256"),
+        ({"img_size": (48, 48)}, "preprocessing.img_size"),
+        ({"crop_pct": 0.5}, "preprocessing.crop_pct"),
+        ({"taps": "last:2"}, "taps"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"amp": True}, "precision"),
+        ({"split": ("train",)}, "source.keys"),
+    ],
+)
+def test_another_identity_is_refused(
+    cache: Path, images: Path, changes: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(IdentityMismatch, match=field.replace(".", r"\.")) as caught:
+        extract(dataclasses.replace(extract_config(images, cache), **changes))
+    assert field in [name for name, _, _ in caught.value.differences]
+    assert "--overwrite" in str(caught.value)
+
+
+def test_a_changed_image_is_refused_and_named(tmp_path: Path) -> None:
+    images = paint(tmp_path / "images", train=1, val=1, test=1)
+    out = tmp_path / "c.zarr"
+    extract(extract_config(images, out))
+    before = arrays(out)
+    Image.new("RGB", (32, 32), "white").save(images / "val" / "green" / "0.png")
+    with pytest.raises(IdentityMismatch, match="changed since: val/green/0.png"):
+        extract(extract_config(images, out))
+    assert np.array_equal(arrays(out), before)
+    assert extract(extract_config(images, out, overwrite=True)).extracted_rows == 9
+    assert not np.array_equal(arrays(out), before)
+
+
+def test_an_unreadable_image_raises_or_is_left_out(tmp_path: Path) -> None:
+    images = paint(tmp_path / "images", train=2, val=1, test=1)
+    bad = images / "train" / "red" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    (images / "test" / "blue" / "0.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"red/1\.png: truncated.*--on-error skip"):
+        extract(extract_config(images, tmp_path / "a.zarr"))
+    skipped: list[Skipped] = []
+
+    def note(record: object) -> None:
+        if isinstance(record, Skipped):
+            skipped.append(record)
+
+    result = extract(extract_config(images, tmp_path / "b.zarr", on_error="skip"), note)
+    assert sorted(result.skipped) == ["test/blue/0.png", "train/red/1.png"]
+    assert sorted(record.key for record in skipped) == sorted(result.skipped)
+    with Reader(tmp_path / "b.zarr") as reader:
+        assert len(reader.split_rows("train")) == 5
+        assert not reader.read([reader.keys.index("train/red/1.png")]).any()
+
+
+def test_a_value_that_does_not_fit_names_tap_and_image(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = stage.Backbone.read_taps
+
+    def huge(self: Any, batch: torch.Tensor, sink: Any, **keywords: Any) -> None:
+        def scaled(position: int, tokens: torch.Tensor) -> None:
+            tokens = tokens.clone()
+            if position == 3 and len(tokens) > 2:
+                tokens[2, 1, 5] = 1e6
+            sink(position, tokens)
+
+        real(self, batch, scaled, **keywords)
+
+    monkeypatch.setattr(stage.Backbone, "read_taps", huge)
+    with pytest.raises(StorageOverflow, match=r"tap z3 of .*blue/2\.png.*float16.*bfloat16"):
+        extract(extract_config(images, tmp_path / "c.zarr", dtype="float16"))
+    extract(extract_config(images, tmp_path / "d.zarr", dtype="bfloat16"))

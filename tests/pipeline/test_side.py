@@ -1,0 +1,242 @@
+"""One contract over all side networks; LAST against a reference written from the equations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.side import METHODS, FeatureSpec, SideNetwork
+from pipeline.side.last import LAST, LASTSettings
+
+MakeSpec = Callable[..., FeatureSpec]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {}),
+    ("linear", {"pool": "mean"}),
+    ("last", {"rank": 4}),
+    ("last", {"rank": 4, "gap": 2, "depth": 3, "heads": 2, "pool": "cls"}),
+]
+
+
+def build(
+    spec: FeatureSpec, method: str, settings: dict[str, Any], seeds: tuple[int, ...] = (0, 1, 2)
+) -> SideNetwork:
+    """A float64 network whose parameters are all away from their special starting values."""
+    kind = METHODS[method]
+    network = kind(spec, kind.settings_class(**settings), seeds).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def features_for(network: SideNetwork, rows: int = 3) -> Tensor:
+    """Random taps (rows, taps that the network reads, T, D), float64."""
+    spec = network.spec
+    taps = len(network.taps(network.settings, spec.taps))
+    generator = torch.Generator().manual_seed(2)
+    shape = (rows, taps, spec.tokens, spec.dim)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def run(network: SideNetwork, features: Tensor) -> Tensor:
+    return network(network.operands(features, torch.float64))
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES)
+class TestContract:
+    def test_shape_and_determinism(
+        self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
+    ) -> None:
+        network = build(make_spec(), method, settings)
+        features = features_for(network)
+        logits = run(network, features)
+        assert logits.shape == (3, 3, 5)
+        assert torch.equal(logits, run(network, features))
+
+    def test_every_parameter_gets_a_gradient_and_features_get_none(
+        self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
+    ) -> None:
+        network = build(make_spec(), method, settings)
+        features = features_for(network)
+        run(network, features).square().sum().backward()
+        assert not features.requires_grad and features.grad is None
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None, name
+            per_member = parameter.grad.flatten(1).abs().amax(dim=1)
+            assert (per_member > 0).all(), name
+
+    def test_two_batches_of_one_equal_a_batch_of_two(
+        self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
+    ) -> None:
+        network = build(make_spec(), method, settings)
+        features = features_for(network, rows=2)
+        apart = torch.cat([run(network, features[:1]), run(network, features[1:])], dim=1)
+        torch.testing.assert_close(run(network, features), apart, rtol=1e-10, atol=1e-10)
+
+    def test_a_member_does_not_depend_on_the_others(
+        self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
+    ) -> None:
+        kind = METHODS[method]
+        shape = kind.settings_class(**settings)
+        together = kind(make_spec(), shape, [5, 6, 7]).double()
+        alone = kind(make_spec(), shape, [6]).double()
+        for ours, theirs in zip(together.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(ours[1], theirs[0])
+        features = features_for(alone)
+        expected = run(alone, features)[0]
+        torch.testing.assert_close(run(together, features)[1], expected, rtol=1e-10, atol=1e-10)
+
+    def test_state_round_trip(
+        self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
+    ) -> None:
+        network = build(make_spec(), method, settings)
+        other = build(make_spec(), method, settings, seeds=(7, 8, 9))
+        other.load_state_dict(network.state_dict())
+        features = features_for(network)
+        assert torch.equal(run(network, features), run(other, features))
+
+    def test_low_precision_stays_close(
+        self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
+    ) -> None:
+        network = build(make_spec(), method, settings)
+        features = features_for(network)
+        exact = run(network, features)
+        network.float()
+        half = network(network.operands(features.half(), torch.bfloat16)).double()
+        assert (half - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def reference(network: LAST, features: Tensor, member: int) -> Tensor:
+    """LAST as the paper writes it: u_i = F_i(u_{i-1} + z_i), output u_m - sum(z_0 .. z_{m-1})."""
+    settings, spec, chain = network.settings, network.spec, network.chain
+    rows, heads = len(features), settings.heads
+    u = features[:, 0]
+    module = 0
+    for group in range(1, features.shape[1]):
+        u = u + features[:, group]
+        for _ in range(settings.depth):
+            weight, bias = chain.norm_weight[member, module], chain.norm_bias[member, module]
+            normed = functional.layer_norm(u, (spec.dim,), weight, bias, 1e-6)
+            projected = normed @ chain.qkv_weight[member, module].T
+            projected = projected + chain.qkv_bias[member, module]
+            shape = (rows, spec.tokens, 3, heads, settings.rank // heads)
+            q, k, v = projected.reshape(shape).permute(2, 0, 3, 1, 4)
+            scores = q @ k.mT / (settings.rank // heads) ** 0.5
+            attended = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+            up, up_bias = chain.up_weight[member, module], chain.up_bias[member, module]
+            u = u + attended @ up.T + up_bias
+            module += 1
+    corrected = u - features[:, :-1].sum(dim=1)
+    if settings.pool == "cls":
+        pooled = corrected[:, 0]
+    else:
+        pooled = corrected[:, spec.prefix_tokens :].mean(dim=1)
+    assert spec.norm_weight is not None and spec.norm_bias is not None
+    normed = functional.layer_norm(
+        pooled, (spec.dim,), spec.norm_weight.double(), spec.norm_bias.double(), spec.norm_eps
+    )
+    return normed @ network.head.weight[member].T + network.head.bias[member]
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 4},
+        {"rank": 4, "gap": 2},
+        {"rank": 4, "depth": 3},
+        {"rank": 4, "heads": 2},
+        {"rank": 4, "pool": "cls"},
+        {"rank": 6, "gap": 4, "depth": 2, "heads": 3, "pool": "cls"},
+    ],
+)
+def test_last_equals_the_paper_recursion(
+    make_spec: MakeSpec, settings: dict[str, Any], scale: float
+) -> None:
+    """The rank-space form, bias correction cancelled, is the recursion; also with a large Delta."""
+    network = build(make_spec(), "last", settings)
+    assert isinstance(network, LAST)
+    with torch.no_grad():
+        network.chain.up_weight *= scale
+    features = features_for(network)
+    logits = run(network, features)
+    for member in range(3):
+        expected = reference(network, features, member)
+        torch.testing.assert_close(logits[member], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_last_starts_as_the_linear_probe(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    last = LAST(spec, LASTSettings(pool="cls"), [3]).double()
+    kind = METHODS["linear"]
+    linear = kind(spec, kind.settings_class(pool="cls"), [3]).double()
+    features = features_for(last)
+    torch.testing.assert_close(run(last, features), run(linear, features[:, -1:]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, 618_048), ({"gap": 2}, 309_024), ({"depth": 2}, 1_236_096), ({"rank": 8}, 322_848)],
+)
+def test_last_parameter_counts_on_vit_b(
+    make_spec: MakeSpec, settings: dict[str, Any], expected: int
+) -> None:
+    """(L / g) S (2D + 3R(D + 1) + (R + 1) D), and the published scale of 0.66 M with a head."""
+    spec = make_spec(12, dim=768, tokens=197, classes=10)
+    network = LAST(spec, LASTSettings(**settings), [0])
+    assert sum(p.numel() for p in network.chain.parameters()) == expected
+    shape = LASTSettings(**settings)
+    modules, rank = 12 // shape.gap * shape.depth, shape.rank
+    assert modules * (2 * 768 + 3 * rank * 769 + (rank + 1) * 768) == expected
+    assert sum(p.numel() for p in network.head.parameters()) == 10 * 769
+
+
+def test_drop_path_drops_whole_branches(make_spec: MakeSpec) -> None:
+    """All branches dropped leaves the linear probe; a factor of one changes nothing."""
+    network = build(make_spec(), "last", {"rank": 4, "pool": "cls"})
+    features = features_for(network)
+    operands = network.operands(features, torch.float64)
+    ones = torch.ones(3, network.drop_sites, 3, dtype=torch.float64)
+    assert network.drop_sites == 4
+    assert torch.equal(network(operands, ones), network(operands))
+    probe = build(network.spec, "linear", {"pool": "cls"})
+    probe.load_state_dict(
+        {k: v for k, v in network.state_dict().items() if not k.startswith("chain.")}
+    )
+    expected = run(probe, features[:, -1:])
+    torch.testing.assert_close(network(operands, ones * 0), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank = 0: expected 1 or more"),
+        ({"heads": 3}, "heads = 3: expected a divisor of 16"),
+        ({"pool": "max"}, "pool = 'max': expected mean or cls"),
+        ({"gap": 5}, "gap = 5: expected a divisor of the 4 blocks"),
+    ],
+)
+def test_impossible_settings(make_spec: MakeSpec, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LAST(make_spec(), LASTSettings(**settings), [0])
+
+
+def test_missing_taps_are_named(make_spec: MakeSpec) -> None:
+    spec = dataclasses.replace(make_spec(), taps=("z0", "z2", "z4"))
+    with pytest.raises(LookupError, match=r"the cache lacks z1, z3 \(it has z0, z2, z4\)"):
+        LAST(spec, LASTSettings(), [0])
+    LAST(spec, LASTSettings(gap=2), [0])
+
+
+def test_class_token_pool_needs_a_class_token(make_spec: MakeSpec) -> None:
+    spec = make_spec(prefix_tokens=0)
+    for method in METHODS.values():
+        with pytest.raises(ValueError, match="no class token"):
+            method(spec, method.settings_class(pool="cls"), [0])  # type: ignore[call-arg]

@@ -1,0 +1,288 @@
+"""Stage two as a whole: same result from any format, residence and company; resume; results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import extract_config, train_config
+from safetensors.torch import load_file
+
+from cache import NameMissing
+from pipeline.checkpoint import Run
+from pipeline.config import Member, TrainConfig, cross, read_yaml
+from pipeline.errors import BackboneError, DeviceError, MissingTaps, RunError, SettingError
+from pipeline.evaluate import evaluate
+from pipeline.extract import extract
+from pipeline.members import make_members
+from pipeline.predict import predict
+from pipeline.train import EpochDone, MemberStopped, Start, train
+
+LAST = Member(method="last", epochs=4, warmup_epochs=1, drop_path=0.2, settings={"rank": 4})
+LINEAR = Member(method="linear", epochs=4, warmup_epochs=1, lr=1e-2)
+
+
+def weights(run: Path, member: str = "m0") -> dict[str, torch.Tensor]:
+    return load_file(run / "members" / member / "adapter_model.safetensors")
+
+
+def assert_same(one: Path, other: Path, member: str = "m0") -> None:
+    ours, theirs = weights(one, member), weights(other, member)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def losses(run: Path, member: str = "m0") -> list[float]:
+    return [line["train_loss"] for line in Run(run).metrics() if line["member"] == member]
+
+
+def test_it_learns_and_leaves_a_run_directory(cache: Path, tmp_path: Path) -> None:
+    member = dataclasses.replace(LAST, epochs=30, lr=1e-2, drop_path=0.0)
+    records: list[object] = []
+    run = tmp_path / "run"
+    result = train(train_config(cache, run, member), records.append)
+    assert result.members[0].val_top1 == 1.0
+    assert losses(run)[-1] < 0.2 * losses(run)[0]
+    assert sum(isinstance(record, Start) for record in records) == 1
+    assert [r.epoch for r in records if isinstance(r, EpochDone)] == list(range(1, 31))
+    files = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
+    assert files == {
+        "config.yaml", "environment.json", "metrics.jsonl", "summary.csv",
+        "members/m0/adapter_model.safetensors", "members/m0/adapter_config.json",
+    }  # fmt: skip
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["members"][0]["smoothing"] == 0.0, "defaults are written out"
+    card = json.loads((run / "members/m0/adapter_config.json").read_text())
+    assert card["classes"] == ["blue", "green", "red"]
+    assert card["settings"] == {"rank": 4, "gap": 1, "depth": 1, "heads": 1, "pool": "mean"}
+    again = train(train_config(cache, run, member))
+    assert again.epochs_trained == 0
+    assert again.members == result.members
+
+
+def test_zarr_and_hdf5_train_bitwise_alike(images: Path, tmp_path: Path) -> None:
+    for amp in (False, True):
+        runs = []
+        for suffix in ("zarr", "h5"):
+            extract(extract_config(images, tmp_path / f"c.{suffix}"))
+            runs.append(tmp_path / f"{suffix}{amp}")
+            train(train_config(tmp_path / f"c.{suffix}", runs[-1], LAST, amp=amp))
+        assert_same(*runs)
+
+
+def test_resident_and_streamed_features_train_bitwise_alike(
+    zarr_cache: Path, tmp_path: Path
+) -> None:
+    for resident in ("ram", "disk"):
+        train(train_config(zarr_cache, tmp_path / resident, LAST, LINEAR, resident=resident))
+    assert_same(tmp_path / "ram", tmp_path / "disk")
+    assert_same(tmp_path / "ram", tmp_path / "disk", "m1")
+
+
+def test_a_member_among_others_is_the_member_alone(zarr_cache: Path, tmp_path: Path) -> None:
+    """Drop-path on; other seeds, rates, shapes and methods beside it; the order is irrelevant."""
+    others = [
+        dataclasses.replace(LAST, lr=5e-3, seed=3, drop_path=0.5),
+        dataclasses.replace(LAST, epochs=2, weight_decay=0.3),
+        dataclasses.replace(LAST, settings={"rank": 2, "gap": 2}),
+        LINEAR,
+    ]
+    train(train_config(zarr_cache, tmp_path / "alone", LAST))
+    train(train_config(zarr_cache, tmp_path / "first", LAST, *others))
+    train(train_config(zarr_cache, tmp_path / "last", *others, LAST))
+    alone = losses(tmp_path / "alone")
+    assert losses(tmp_path / "first") == pytest.approx(alone, rel=1e-5)
+    assert losses(tmp_path / "last", "m4") == pytest.approx(alone, rel=1e-5)
+    for run, member in (("first", "m0"), ("last", "m4")):
+        ours = [m for m in Run(tmp_path / run).metrics() if m["member"] == member]
+        theirs = Run(tmp_path / "alone").metrics()
+        for name in ("val_loss", "val_top1"):
+            assert [m[name] for m in ours] == pytest.approx([m[name] for m in theirs], rel=1e-4)
+
+
+def test_a_member_with_nan_stops_alone(zarr_cache: Path, tmp_path: Path) -> None:
+    wild = dataclasses.replace(LAST, lr=1e30, warmup_epochs=0)
+    records: list[object] = []
+    result = train(train_config(zarr_cache, tmp_path / "both", wild, LAST), records.append)
+    stopped = [record for record in records if isinstance(record, MemberStopped)]
+    assert [record.id for record in stopped] == ["m0"]
+    assert result.members[0].stopped and "step" in result.members[0].stopped
+    assert result.members[1].stopped is None
+    train(train_config(zarr_cache, tmp_path / "alone", LAST))
+    assert losses(tmp_path / "both", "m1") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(
+    zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.train.CHECKPOINT_SECONDS", 0.0)
+    train(train_config(zarr_cache, tmp_path / "whole", LAST, LINEAR))
+
+    def stop(record: object) -> None:
+        if isinstance(record, EpochDone) and record.epoch == 3:
+            raise KeyboardInterrupt
+
+    config = train_config(zarr_cache, tmp_path / "broken", LAST, LINEAR)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    with pytest.raises(RunError, match="not finished; the same `train` command continues it"):
+        evaluate(tmp_path / "broken", device="cpu")
+    assert train(config).epochs_trained == 2
+    assert_same(tmp_path / "whole", tmp_path / "broken")
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "broken")]
+    assert metrics[0] == metrics[1]
+
+
+def test_kill_9_then_the_same_training(zarr_cache: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, time, pipeline.train as t\n"
+        "from pipeline.config import TrainConfig\n"
+        "import json\n"
+        "t.CHECKPOINT_SECONDS = 0.0\n"
+        "config = TrainConfig.from_dict(json.loads(sys.argv[1]))\n"
+        "t.train(config, lambda r: time.sleep(0.1) if isinstance(r, t.EpochDone) else None)\n"
+    )
+    member = dataclasses.replace(LAST, epochs=12)
+    config = train_config(zarr_cache, tmp_path / "killed", member)
+    process = subprocess.Popen([sys.executable, "-c", script, json.dumps(config.to_dict())])
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(Run(tmp_path / "killed").metrics()) < 4:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 0 < train(config).epochs_trained < 12
+    train(train_config(zarr_cache, tmp_path / "whole", member))
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_another_run_in_the_directory_is_refused(zarr_cache: Path, tmp_path: Path) -> None:
+    config = train_config(zarr_cache, tmp_path / "run", LINEAR)
+    train(config)
+    with pytest.raises(RunError, match=r"batch_size: 5 there, 7 asked for"):
+        train(dataclasses.replace(config, batch_size=7))
+    train(dataclasses.replace(config, batch_size=7, overwrite=True))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    with pytest.raises(RunError, match="holds other files"):
+        train(dataclasses.replace(config, out=str(tmp_path / "mine"), overwrite=True))
+    assert (tmp_path / "mine" / "notes.txt").exists()
+
+
+def test_evaluate_from_cache_equals_live(images: Path, tmp_path: Path) -> None:
+    """Within the storage type's error; test is read from the images through the backbone."""
+    torch.manual_seed(0)
+    file = tmp_path / "weights.pth"
+    import timm
+
+    torch.save(timm.create_model("test_vit", img_size=32).state_dict(), file)
+    changes = {"pretrained": True, "weights": str(file), "dtype": "float16"}
+    extract(extract_config(images, tmp_path / "c.zarr", **changes))
+    member = dataclasses.replace(LAST, epochs=20, lr=1e-2)
+    train(train_config(tmp_path / "c.zarr", tmp_path / "run", member))
+    cached = evaluate(tmp_path / "run", device="cpu", amp=False)
+    live = evaluate(
+        tmp_path / "run", images=str(images), weights=file, workers=0, device="cpu", amp=False
+    )
+    assert (cached.n, live.n, cached.live, live.live) == (6, 6, False, True)
+    assert live.top1 == cached.top1
+    assert live.loss == pytest.approx(cached.loss, rel=2e-3)
+    record = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["live"] for line in record] == [False, True]
+
+    found = predict(
+        tmp_path / "run", [images / "test"], top_k=2, weights=file, device="cpu", amp=False
+    )
+    assert len(found) == 6 and all(len(p.classes) == 2 for p in found)
+    right = sum(Path(p.path).parent.name == p.classes[0] for p in found)
+    assert right / 6 == pytest.approx(live.top1)
+
+    other = tmp_path / "other.pth"
+    torch.save(timm.create_model("test_vit", img_size=32).state_dict(), other)
+    with pytest.raises(BackboneError, match="Give the same file with --weights"):
+        predict(tmp_path / "run", [images / "test"], weights=other, device="cpu")
+
+
+def test_predict_goes_on_after_a_bad_photograph(
+    zarr_cache: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(train_config(zarr_cache, tmp_path / "run", LINEAR))
+    import pipeline.live as live
+
+    real = live.load_backbone
+    monkeypatch.setattr(
+        live, "load_backbone", lambda name, **k: real(name, **{**k, "pretrained": False})
+    )
+    bad = tmp_path / "photos" / "bad.jpg"
+    bad.parent.mkdir()
+    bad.write_bytes(b"not an image")
+    good = images / "test" / "red" / "0.png"
+    found = predict(tmp_path / "run", [bad.parent, good], device="cpu")
+    assert [p.error is None for p in found] == [False, True]
+    assert "bad.jpg" in str(found[0].error)
+    assert sum(found[1].probabilities) == pytest.approx(1.0)
+
+
+def test_the_best_member_is_chosen_on_validation(zarr_cache: Path, tmp_path: Path) -> None:
+    slow = dataclasses.replace(LINEAR, lr=1e-6)
+    good = dataclasses.replace(LINEAR, lr=1e-2, epochs=30)
+    train(train_config(zarr_cache, tmp_path / "run", slow, good))
+    assert Run(tmp_path / "run").best_member() == "m1"
+    assert evaluate(tmp_path / "run", device="cpu").member == "m1"
+    assert evaluate(tmp_path / "run", member="m0", device="cpu").member == "m0"
+    with pytest.raises(RunError, match="no member 'm7'; it has m0, m1"):
+        evaluate(tmp_path / "run", member="m7", device="cpu")
+
+
+def test_messages_of_bad_requests(images: Path, zarr_cache: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.zarr"
+    extract(extract_config(images, few, taps="last:2"))
+    out = tmp_path / "run"
+
+    def config(cache: Path = zarr_cache, **changes: object) -> TrainConfig:
+        return train_config(cache, out, **changes)  # type: ignore[arg-type]
+
+    with pytest.raises(MissingTaps, match=r"needs the taps z0.*lacks z0, z1, z2, z3, z4 "):
+        train(config(few))
+    with pytest.raises(NameMissing, match="holdout"):
+        train(config(val_split=("holdout",)))
+    with pytest.raises(DeviceError, match="this machine has cpu"):
+        train(config(device="cuda:9"))
+    with pytest.raises(SettingError, match="resident = 'attic'"):
+        config(resident="attic")
+    with pytest.raises(SettingError, match="warmup_epochs = 9: expected"):
+        Member(method="last", epochs=5, warmup_epochs=9)
+    with pytest.raises(SettingError, match="val_split"):
+        config(val_split=("train",))
+    assert not out.exists(), "a refused request leaves nothing behind"
+
+
+def test_lists_multiply_and_apply_where_they_fit() -> None:
+    assert cross({"a": [1, 2], "b": [3, 4]})[1] == {"a": 1, "b": 4}
+    members = make_members(["last", "linear"], {"rank": [4, 8], "seed": [0, 1], "lr": [0.1]})
+    assert [m.method for m in members] == ["last"] * 4 + ["linear"] * 2
+    assert [m.settings.get("rank") for m in members] == [4, 4, 8, 8, None, None]
+    assert members[4].epochs == 100, "the rest comes from the method's recipe"
+    with pytest.raises(SettingError, match="rank: no such setting in linear"):
+        make_members(["linear"], {"rank": [4]})
+    with pytest.raises(SettingError, match="method 'lasst': expected last, linear"):
+        make_members(["lasst"], {})
+
+
+def test_config_round_trip(tmp_path: Path) -> None:
+    config = train_config(Path("a.zarr"), Path("run"), LAST, LINEAR)
+    plain = yaml.safe_load(yaml.safe_dump(config.to_dict()))
+    assert TrainConfig.from_dict(plain) == config
+    file = tmp_path / "c.yaml"
+    file.write_text("batch-size: 8\nlearning_rate: 1\n")
+    with pytest.raises(SettingError, match="unknown key learning_rate; known are batch_size, lr"):
+        read_yaml(file, ["batch_size", "lr"])

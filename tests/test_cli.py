@@ -1,0 +1,182 @@
+"""The command line as its users and their scripts meet it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import paint
+
+from cli import main
+
+SMALL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32", "-j", "0", "--device", "cpu"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def run_json(*arguments: object) -> Any:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"sidecache {command}" in result.output or command == "demo"
+
+
+def test_the_whole_way(images: Path, tmp_path: Path) -> None:
+    """extract, inspect, verify, train, evaluate by their JSON; the keys that scripts rely on."""
+    cache, out = tmp_path / "c.zarr", tmp_path / "run"
+    first = run_json("extract", images, *SMALL, "--out", cache)
+    assert first["rows"] == 24 and first["complete"] and first["images_per_second"] > 0
+    assert {"bytes", "fingerprint", "content", "seconds"} <= first.keys()
+    second = run("extract", images, *SMALL, "--out", cache)
+    assert "already complete, nothing to do (24 rows)" in second.stdout
+    found = run_json("inspect", cache)
+    assert {k: found[k] for k in ("rows", "bytes", "complete", "fingerprint", "content")} == {
+        k: first[k] for k in ("rows", "bytes", "complete", "fingerprint", "content")
+    }
+    text = run("inspect", cache).stdout
+    assert "backbone.name" in text and "blue 8, green 8, red 8" in text
+    assert run_json("verify", cache)["ok"]
+    trained = run_json(
+        "train", cache, "--method", "last", "--rank", 4, "--epochs", 20, "--warmup-epochs", 1,
+        "--lr", "1e-2", "--out", out, "--device", "cpu",
+    )  # fmt: skip
+    assert trained["run"] == str(out) and trained["images_per_second"] > 0
+    (member,) = trained["members"]
+    assert member["id"] == "m0" and member["method"] == "last" and member["val_top1"] == 1.0
+    assert member["settings"]["lr"] == 0.01
+    scores = run_json("evaluate", out, "--device", "cpu")
+    assert {"top1", "top5", "loss", "n"} <= scores.keys() and scores["n"] == 6
+    again = run("train", cache, "--method", "last", "--rank", 4, "--epochs", 20,
+                "--warmup-epochs", 1, "--lr", "1e-2", "--out", out, "--device", "cpu")  # fmt: skip
+    assert "already finished, nothing to do" in again.stdout
+
+
+def test_progress_goes_to_stderr_and_results_to_stdout(images: Path, tmp_path: Path) -> None:
+    result = run("extract", images, *SMALL, "--out", tmp_path / "c.h5")
+    assert result.stdout.startswith(f"{tmp_path / 'c.h5'}: 24 rows")
+    assert "24 images" in result.stderr and "spent waiting for" in result.stderr
+
+
+def test_predict_prints_json_csv_and_text(
+    zarr_cache: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.live as live
+
+    real = live.load_backbone
+    monkeypatch.setattr(
+        live, "load_backbone", lambda name, **k: real(name, **{**k, "pretrained": False})
+    )
+    out = tmp_path / "run"
+    run("train", zarr_cache, "--method", "linear", "--epochs", 3, "--warmup-epochs", 0,
+        "--out", out, "--device", "cpu")  # fmt: skip
+    photos = [images / "test" / "red", "--device", "cpu", "--top-k", 2]
+    answer = run_json("predict", out, *photos)
+    assert [sorted(photo) for photo in answer] == [["classes", "path", "probabilities"]] * 2
+    assert len(answer[0]["classes"]) == 2
+    assert "red" in run("predict", out, *photos).stdout
+    run("predict", out, *photos, "--csv", tmp_path / "p.csv")
+    with (tmp_path / "p.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 4 and lines[0]["rank"] == "1"
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    result = run("predict", out, tmp_path / "bad.jpg", images / "test" / "red" / "0.png",
+                 "--device", "cpu")  # fmt: skip
+    assert result.exit_code == 1 and "bad.jpg" in result.stderr and "red" in result.stdout
+
+
+def test_damage_is_named(images: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "c.h5"
+    run("extract", images, *SMALL, "--out", cache)
+    from cache import Reader
+
+    with Reader(cache) as reader:
+        stored = reader.read([20]).tobytes()
+    data = bytearray(cache.read_bytes())
+    data[data.index(stored) + 100] ^= 1
+    cache.write_bytes(data)
+    result = run("verify", cache)
+    assert result.exit_code == 1
+    assert "val/green/0.png" in result.stdout or "row 20" in result.stdout
+    assert not run("verify", cache, "--json").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["extract", "{images}", *SMALL, "--out", "{tmp}/c.npz"], 1, ".zarr"),
+        (["extract", "{images}", *SMALL], 2, "Missing option '--out'"),
+        (["extract", "{tmp}/none", *SMALL, "--out", "{tmp}/c.zarr"], 1, "nothing there"),
+        (["extract", "{images}", *SMALL, "--out", "{tmp}/c.zarr", "--taps", "0,9"], 1, "no tap z9"),
+        (["extract", "{images}", *SMALL, "--out", "{tmp}/c.zarr", "--split", "dev"], 1, "dev"),
+        (["extract", "{images}", *SMALL[:-1], "tpu", "--out", "{tmp}/c.zarr"], 1, "'tpu' is not"),
+        (["extract", "{images}", *SMALL, "--img-size", "x", "--out", "{tmp}/c.h5"], 2, "one side"),
+        (["inspect", "{tmp}/none.zarr"], 1, "none.zarr"),
+        (["train", "{tmp}/none.h5", "--method", "last", "--out", "{tmp}/r"], 1, "none.h5"),
+        (["train", "{cache}", "--method", "lasso", "--out", "{tmp}/r"], 1, "expected last, linear"),
+        (["train", "{cache}", "--method", "last", "--lr", "big", "--out", "{tmp}/r"], 2, "float"),
+        (["train", "{cache}", "--method", "last", "--gap", "5", "--out", "{tmp}/r"], 1, "divisor"),
+        (["train", "{cache}", "--method", "last", "--epochs", "0", "--out", "{tmp}/r"], 1, "epochs"),
+        (["evaluate", "{tmp}"], 1, "expected a run directory"),
+        (["predict", "{tmp}", "{tmp}/none.jpg"], 1, "run directory"),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(
+    zarr_cache: Path, images: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    places = {"images": images, "cache": zarr_cache, "tmp": tmp_path}
+    result = run(*(argument.format(**places) for argument in arguments))
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    if code == 1:
+        assert result.stderr.strip().startswith("sidecache: ")
+
+
+def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
+    images = paint(tmp_path / "images", train=1, val=1, test=1)
+    (images / "train" / "violet").mkdir()
+    result = run("extract", images, *SMALL, "--out", tmp_path / "c.zarr")
+    assert result.exit_code == 1 and "violet" in result.stderr
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.files.free_bytes", lambda path: 1000)
+    result = run("extract", images, *SMALL, "--out", tmp_path / "c.zarr")
+    assert result.exit_code == 1 and "1,000" in result.stderr.replace("_", ",")
+    assert not (tmp_path / "c.zarr").exists()
+
+
+def test_config_file_fills_defaults_and_flags_win(zarr_cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("method: linear\nepochs: 4\nwarmup-epochs: 0\ndevice: cpu\nlr: [1e-2, 1e-3]\n")
+    out = tmp_path / "run"
+    found = run_json("train", zarr_cache, "--config", file, "--epochs", 2, "--out", out)
+    assert [m["settings"]["lr"] for m in found["members"]] == [0.01, 0.001]
+    assert {m["settings"]["epochs"] for m in found["members"]} == {2}
+    file.write_text("learning: 3\n")
+    result = run("train", zarr_cache, "--config", file, "--method", "last", "--out", out)
+    assert result.exit_code == 2 and "unknown key learning" in result.stderr
+
+
+def test_help_is_instant_and_the_module_runs() -> None:
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "cli.py", "--help"], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert "sidecache extract" in done.stdout
