@@ -215,7 +215,7 @@ def extract(as_json: bool, **values: Any) -> None:
     Example:
       sidecache extract photos/ --model vit_base_patch16_224 --out photos.zarr
     """
-    _prepare_torch()
+    _settle()
     from pipeline import extract as stage
     from pipeline.config import ExtractConfig
 
@@ -411,7 +411,7 @@ def train(
     Example:
       sidecache train photos.zarr --method last --lr 1e-3,4e-3 --out runs/last
     """
-    _prepare_torch()
+    _settle()
     from pipeline import train as stage
     from pipeline.config import TrainConfig
     from pipeline.members import make_members
@@ -525,7 +525,7 @@ def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None
     Example:
       sidecache evaluate runs/last --split test
     """
-    _prepare_torch()
+    _settle()
     from pipeline.evaluate import evaluate as evaluate_run
 
     with Progress() as progress:
@@ -567,7 +567,7 @@ def predict(
     Example:
       sidecache predict runs/last holiday/ --top-k 3 --csv holiday.csv
     """
-    _prepare_torch()
+    _settle()
     from pipeline.predict import predict as predict_photos
 
     with Progress() as progress:
@@ -611,6 +611,43 @@ def models(pattern: str) -> None:
 
     for name in list_models(pattern):
         click.echo(name)
+
+
+@main.command()
+@click.option("--out", default="demo", show_default=True, type=click.Path(), help="Folder to make.")
+def demo(out: str) -> None:
+    """Offline tour: render images, extract, train a linear probe and LAST, evaluate, compare.
+
+    Runs the same commands as everyone, and shows them. About two minutes on two cores.
+
+    \b
+    Example:
+      sidecache demo --out demo
+    """
+    _settle()
+    from pipeline import demo as tour
+
+    folder, begin = Path(out), time.perf_counter()
+    click.echo("Rendering images of two tasks that the backbone was not trained for …")
+    tour.render_images(folder)
+    for command in tour.commands(folder):
+        click.secho(f"\n$ sidecache {shlex.join(command)}", bold=True)
+        main.main(command, standalone_mode=False)
+    click.echo()
+    table = tour.results(folder)
+    _echo_columns(
+        ["task", "method", "parameters", "val top-1", "test top-1"],
+        [
+            [r.task, r.method, f"{r.parameters:,}", f"{r.val_top1:.1%}", f"{r.test_top1:.1%}"]
+            for r in table
+        ],
+    )
+    try:
+        tour.draw_curves(folder, folder / "curves.png")
+        click.echo(f"\nLearning curves: {folder / 'curves.png'}")
+    except ImportError:
+        click.echo("\n(no picture: pip install matplotlib)", err=True)
+    click.echo(f"Caches and runs: {folder}/  ({time.perf_counter() - begin:.0f} s)")
 
 
 # --- printing ---------------------------------------------------------------------------------
@@ -681,11 +718,11 @@ def _clock(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _prepare_torch() -> None:
-    """Process-wide settings, made by the process that owns itself and by nobody else."""
-    from pipeline.device import keep_freed_memory
+def _settle() -> None:
+    """Process-wide settings, before torch is loaded; see `pipeline/process.py`."""
+    from pipeline.process import settle_process
 
-    keep_freed_memory()
+    settle_process()
 
 
 if __name__ == "__main__":

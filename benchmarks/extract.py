@@ -1,9 +1,10 @@
 """`extract` against a bare loop that only decodes the images and runs the backbone over them.
 
-Both use the same files, DataLoader workers, transform, batch size, bfloat16 autocast and allocator
-setting, and both start their workers inside the clock. Ours also hooks every block, casts, copies,
-hashes, writes and forces to the disk; the bare loop throws its output away. Building the model is
-in neither. The share left is what a cache costs over the forward pass that nobody can avoid.
+Both use the same files, DataLoader workers, transform, batch size, bfloat16 autocast and process
+settings (pipeline/process.py), and both start their workers inside the clock. Ours also hooks every
+block, casts, copies, hashes, writes and forces to the disk; the bare loop throws its output away.
+Building the model is in neither. The share left is what a cache costs over the forward pass that
+nobody can avoid.
 """
 
 from __future__ import annotations
@@ -14,19 +15,17 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import timm
-import torch
 from measure import alternate, medians, print_line
 from PIL import Image
 from synthetic import write_photographs
-from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from pipeline.config import ExtractConfig
-from pipeline.device import keep_freed_memory, pick_device
-from pipeline.extract import extract
+from pipeline.process import settle_process
+
+if TYPE_CHECKING:  # torch is loaded after `settle_process`
+    import torch
+    from torch import Tensor, nn
 
 GOAL = 0.9
 FORMATS = ("zarr", "h5")
@@ -39,16 +38,23 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", help="where to put the files  [default: a temporary folder]")
     options = parser.parse_args()
-    keep_freed_memory()
+    settle_process()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         measure(options, Path(folder))
 
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
+    import timm
+    from timm.data import resolve_model_data_config
+
+    from pipeline.config import ExtractConfig
+    from pipeline.device import pick_device
+    from pipeline.extract import extract
+
     photographs = folder / "photographs"
     write_photographs(photographs, options.images)
     device = pick_device(options.device)
@@ -95,10 +101,12 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     )
 
 
-class Photographs(Dataset[Tensor]):
+class Photographs:
     """The files, decoded and transformed with timm's own evaluation transform."""
 
     def __init__(self, folder: Path, config: dict, limit: int | None = None) -> None:
+        from timm.data import create_transform
+
         self.paths = sorted(folder.rglob("*.jpg"))[:limit]
         self.config, self.transform = config, create_transform(**config)
 
@@ -113,6 +121,9 @@ def forward_all(
     model: nn.Module, data: Photographs, device: torch.device, options: argparse.Namespace
 ) -> float:
     """Images per second of one pass over the data."""
+    import torch
+    from torch.utils.data import DataLoader
+
     on_gpu = device.type == "cuda"
     begin = time.perf_counter()
     loader = DataLoader(

@@ -73,10 +73,10 @@ def commit() -> str | None:
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         if head.returncode:
-            return os.environ.get("COMMIT")
+            return os.environ.get("COMMIT") or None
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
     except FileNotFoundError:
-        return os.environ.get("COMMIT")
+        return os.environ.get("COMMIT") or None
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 

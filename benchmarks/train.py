@@ -24,6 +24,8 @@ from typing import Any
 from measure import alternate, medians, peak_memory, print_line
 from synthetic import CLASSES, write_features
 
+from pipeline.process import settle_process
+
 GOALS = {"live": 10.0, "lora": 20.0, "memory": 0.35}
 LEARNING_RATE = 2e-3
 
@@ -129,11 +131,11 @@ def processes(options: argparse.Namespace, cache: Path) -> Iterator[dict[str, Sy
 
 def serve(name: str, options: argparse.Namespace, cache: Path, pipe: Connection) -> None:
     """The far end: build the system, warm up, then a round a request."""
+    settle_process()
     import torch
 
-    from pipeline.device import keep_freed_memory, pick_device
+    from pipeline.device import pick_device
 
-    keep_freed_memory()
     device = pick_device(options.device)
 
     def peak() -> int:

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import psutil
@@ -29,7 +31,7 @@ from pipeline.taps import host_buffer
 
 READERS = 4  # threads
 SPARE = 0.8  # of the free memory may be filled with features
-_CHUNK_BYTES = 32 * 2**20  # of features, turned into operands at a time: stays in the cache
+_CHUNK_BYTES = 8 * 2**20  # of features, turned into operands at a time: stays in the cache
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Batches:
         self._resident: dict[int, Operands] | None = None
         self.row_bytes = sum(
             tensor.numel() * tensor.element_size()
-            for operands in self._make(self._read(rows[:1])).values()
+            for operands in self._make(self._buffer(1)[0].zero_()).values()
             for tensor in operands.values()
         )
 
@@ -183,27 +185,41 @@ class Batches:
         taps = self._span.stop - self._span.start
         return self.reader.manifest.row_nbytes * taps // len(self.stack.taps)
 
-    def _read(self, rows: np.ndarray) -> Tensor:
+    def _buffer(self, rows: int) -> tuple[Tensor, np.ndarray]:
         taps = self._span.stop - self._span.start
-        tensor, array = host_buffer(
-            (len(rows), taps, self.stack.tokens, self.stack.dim),
-            self.reader.manifest.storage,
-            pinned=self.device.type == "cuda",
-        )
-        self.reader.read_into(rows, array, stack=self.stack.name, taps=self._span)
-        return tensor
+        shape = (rows, taps, self.stack.tokens, self.stack.dim)
+        pinned = self.device.type == "cuda"
+        return host_buffer(shape, self.reader.manifest.storage, pinned=pinned)
 
     def _prefetched(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """Each block's features in order, read ahead by threads."""
-        waiting: deque[Future[Tensor]] = deque()
+        """Each block's features in order, read ahead by threads.
+
+        A block's memory is used again for a later one: it is valid until the next is asked for.
+        """
+        largest = max(map(len, blocks))
+        free = deque(self._buffer(largest) for _ in range(min(READERS + 1, len(blocks))))
+        waiting: deque[tuple[Future[None], tuple[Tensor, np.ndarray], int]] = deque()
         pool = ThreadPoolExecutor(READERS, thread_name_prefix="sidecache-read")
+
+        def submit(rows: np.ndarray) -> None:
+            tensor, array = buffer = free.popleft()
+            part = array[: len(rows)]
+            read = partial(self.reader.read_into, stack=self.stack.name, taps=self._span)
+            waiting.append((pool.submit(read, rows, part), buffer, len(rows)))
+
         try:
-            for rows in blocks:
-                waiting.append(pool.submit(self._read, rows))
-                if len(waiting) > READERS:
-                    yield waiting.popleft().result()
+            ahead = iter(blocks)
+            for rows in islice(ahead, len(free)):
+                submit(rows)
             while waiting:
-                yield waiting.popleft().result()
+                future, buffer, size = waiting.popleft()
+                future.result()
+                yield buffer[0][:size]
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()  # its copy has ended
+                free.append(buffer)
+                for rows in islice(ahead, 1):
+                    submit(rows)
         finally:
             pool.shutdown(cancel_futures=True)
 

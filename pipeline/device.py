@@ -1,15 +1,10 @@
-"""Where to compute and in which precision; and how to keep the C allocator out of the way."""
+"""Where to compute, and in which precision."""
 
 from __future__ import annotations
-
-import ctypes
-import ctypes.util
 
 import torch
 
 from pipeline.errors import DeviceError
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,19 +35,6 @@ def pick_precision(device: torch.device, amp: bool | None) -> torch.dtype:
 def _cpu_has_bfloat16() -> bool:
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe and probe())
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of returning it to the system at every step.
-
-    By default large temporaries are mapped, zeroed and unmapped at every operation, which makes
-    training on the CPU several times slower. Process-wide, so only commands and benchmarks call
-    it; does nothing where the C library is not glibc.
-    """
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def name_of(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Small honest doubles: timm's `test_vit` with random weights, a few 32-pixel images, no network."""
+"""Small honest doubles: timm's `test_vit`, random weights, a few 32-pixel images, no network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from pipeline.side import FeatureSpec
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--real-data", help="folder with real image sets and weights/, for slow checks")
+    parser.addoption(
+        "--real-data", help="folder with real image sets and weights/, for slow checks"
+    )
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_damage_is_named(images: Path, tmp_path: Path) -> None:
     result = run("verify", cache)
     assert result.exit_code == 1
     assert "val/green/0.png" in result.stdout or "row 20" in result.stdout
-    assert not run("verify", cache, "--json").exit_code == 0
+    assert run("verify", cache, "--json").exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,11 @@ def test_damage_is_named(images: Path, tmp_path: Path) -> None:
         (["train", "{cache}", "--method", "lasso", "--out", "{tmp}/r"], 1, "expected last, linear"),
         (["train", "{cache}", "--method", "last", "--lr", "big", "--out", "{tmp}/r"], 2, "float"),
         (["train", "{cache}", "--method", "last", "--gap", "5", "--out", "{tmp}/r"], 1, "divisor"),
-        (["train", "{cache}", "--method", "last", "--epochs", "0", "--out", "{tmp}/r"], 1, "epochs"),
+        (
+            ["train", "{cache}", "--method", "last", "--epochs", "0", "--out", "{tmp}/r"],
+            1,
+            "epochs",
+        ),
         (["evaluate", "{tmp}"], 1, "expected a run directory"),
         (["predict", "{tmp}", "{tmp}/none.jpg"], 1, "run directory"),
     ],

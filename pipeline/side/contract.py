@@ -96,7 +96,8 @@ class SideNetwork(nn.Module):
 
         `features` holds the taps that `taps` names, in that order. Wide operands come in
         `dtype`, the precision that the network computes in; narrow ones in float32 (float64 if
-        `dtype` is float64). Every operand has B rows in front.
+        `dtype` is float64). Every operand has B rows in front and memory of its own, because that
+        of `features` is used again.
         """
         raise NotImplementedError
 

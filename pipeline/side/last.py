@@ -86,27 +86,27 @@ class LAST(SideNetwork):
         return find_taps(wanted, available, "last")
 
     @property
-    def operand_key(self) -> tuple[str, int, str]:
-        return (self.method, self.settings.gap, self.settings.pool)
+    def operand_key(self) -> tuple[str, int]:
+        return (self.method, self.settings.gap)
 
     @property
     def drop_sites(self) -> int:
         return len(self.chain.state_of)
 
     def operands(self, features: Tensor, dtype: torch.dtype) -> Operands:
-        """`state<i>`, `square<i>`: prefix sum S_{i+1}, centred; `pooled` (B, D): pooled z_m."""
+        """`state<i>`, `square<i>`: prefix sum S_{i+1}, centred; `mean`, `cls` (B, D): pooled z_m."""
         out: Operands = {}
         total = features[:, 0].to(wide(dtype))
         for i in range(features.shape[1] - 1):
             total = total + features[:, i + 1]
             out[f"state{i}"], out[f"square{i}"] = centred(total, dtype)
-        out["pooled"] = pool_tokens(
-            features[:, -1].to(total.dtype), self.settings.pool, self.spec.prefix_tokens
-        )
+        last = features[:, -1].to(total.dtype)
+        for pool in self.settings.POOLS if self.spec.prefix_tokens else ("mean",):
+            out[pool] = pool_tokens(last, pool, self.spec.prefix_tokens)
         return out
 
     def forward(self, operands: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
         branches = self.chain(operands, keep)  # (K, B, T, M(R+1))
         pooled = pool_tokens(branches, self.settings.pool, self.spec.prefix_tokens)
-        corrected = operands["pooled"] + pooled @ self.chain.ups()  # (K, B, D)
+        corrected = operands[self.settings.pool] + pooled @ self.chain.ups()  # (K, B, D)
         return self.head(self.final_norm(corrected))

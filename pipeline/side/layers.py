@@ -26,6 +26,7 @@ float32 whatever the precision of the products.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,9 @@ LN_EPS = 1e-6  # ours: timm's ViTs use it throughout
 
 
 def pool_tokens(tokens: Tensor, how: str, prefix_tokens: int) -> Tensor:
-    """(…, T, D) → (…, D): `cls` takes the first token, `mean` averages the patch tokens."""
+    """(…, T, D) → (…, D), new memory: `cls` takes the first token, `mean` averages the patches."""
     if how == "cls":
-        return tokens[..., 0, :]
+        return tokens[..., 0, :].clone()
     return tokens[..., prefix_tokens:, :].mean(dim=-2)
 
 
@@ -129,7 +130,6 @@ class LSAChain(nn.Module):
         batch, tokens, dim = state.shape
         columns, rank3 = self.rank + 1, 3 * self.rank
         products = state.dtype
-        sums = wide(products)
 
         projections = self.qkv_weight * self.norm_weight[:, :, None]  # (K, M, 3R, D)
         bias = self.qkv_bias + (self.qkv_weight @ self.norm_bias[..., None])[..., 0]  # (K, M, 3R)
@@ -137,31 +137,34 @@ class LSAChain(nn.Module):
         ups = self.ups()
         ups = ups - ups.mean(dim=-1, keepdim=True)  # (K, M(R+1), D)
         gram = ups @ ups.mT  # (K, M(R+1), M(R+1))
+        # unbound once: indexing in the loop would make a full-size gradient for every slice
+        projected, biases = projections.unbind(1), bias[:, :, None].unbind(1)
+        gram_columns, up_blocks = gram.split(columns, dim=2), ups.split(columns, dim=1)
 
         outputs: list[Tensor] = []
         earlier: Tensor | None = None  # (K, BT, j(R+1))
+        own = torch.zeros((), device=state.device)  # |sum_i A_i W_i,c^T|^2 so far, (K, BT)
         for j, i in enumerate(self.state_of):
-            used = j * columns
-            matrix = torch.cat([projections[:, j], ups[:, :used]], dim=1)  # (K, 3R + used, D)
+            used, now = j * columns, (j + 1) * columns
+            matrix = torch.cat([projected[j], *up_blocks[:j]], dim=1)  # (K, 3R + used, D)
             flat = operands[f"state{i}"].reshape(batch * tokens, dim)
-            product = torch.matmul(flat, matrix.to(products).mT).to(sums)  # (K, BT, 3R + used)
+            qkv, overlap = _ConstantProduct.apply(flat, matrix, rank3)  # (K, BT, 3R), (K, BT, used)
             variance = operands[f"square{i}"].reshape(-1)  # (BT)
-            qkv = product[..., :rank3]
             if earlier is not None:
-                cross = ups[:, :used] @ projections[:, j].mT  # (K, used, 3R)
-                own = earlier @ torch.cat([gram[:, :used, :used], cross], dim=2)
-                variance = variance + ((2 * product[..., rank3:] + own[..., :used]) * earlier).sum(
-                    dim=-1
-                )  # (K, BT)
-                qkv = qkv + own[..., used:]
-            scale = torch.rsqrt(variance.clamp_min(0) / self.dim + LN_EPS)
-            qkv = qkv * scale[..., None] + bias[:, j, None]
+                variance = variance + 2 * (overlap * earlier).sum(dim=-1) + own
+                cross = matrix[:, rank3:] @ projected[j].mT  # (K, used, 3R)
+                qkv = qkv + earlier.to(products) @ cross.to(products)
+            scale = torch.rsqrt(variance.clamp_min(0) / self.dim + LN_EPS)  # (K, BT)
+            qkv = qkv * scale[..., None] + biases[j]
             attended = self._attend(qkv.unflatten(1, (batch, tokens)), products)
             branch = nn.functional.pad(attended, (0, 1), value=1.0)  # (K, B, T, R+1)
             if keep is not None:
                 branch = branch * keep[:, j, :, None, None]
             outputs.append(branch.flatten(1, 2))
             earlier = torch.cat(outputs, dim=-1)
+            column = gram_columns[j]
+            added = torch.cat([2 * column[:, :used], column[:, used:now]], dim=1)
+            own = own + ((earlier @ added) * outputs[-1]).sum(dim=-1)  # grows by the new block
         assert earlier is not None
         return earlier.unflatten(1, (batch, tokens))
 
@@ -178,6 +181,30 @@ class LSAChain(nn.Module):
             scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (K, B, H, T, T)
             out = torch.softmax(scores, dim=-1) @ v
         return out.transpose(2, 3).flatten(-2).to(qkv.dtype)  # (K, B, T, R)
+
+
+class _ConstantProduct(torch.autograd.Function):
+    """A constant (N, D) times K matrices (K, n, D), transposed and cut in two at column `at`.
+
+    Gives (K, N, at) and (K, N, n - at) in the constant's precision. One product with K n columns,
+    forward and for the weights' gradient; on a CPU in bfloat16 up to twice as fast forward and
+    four times backward as the batched product that `torch.matmul` makes of it. The constant gets
+    no gradient and is not copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, constant: Tensor, matrices: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(constant)
+        flat = constant @ matrices.flatten(0, 1).to(constant.dtype).T  # (N, K n)
+        product = flat.unflatten(1, matrices.shape[:2]).transpose(0, 1)  # (K, N, n)
+        return product[..., :at], product[..., at:]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        (constant,) = ctx.saved_tensors
+        flat = torch.cat([part.transpose(0, 1) for part in gradients], dim=2)  # (N, K, n)
+        product = flat.flatten(1).T @ constant  # (K n, D)
+        return None, product.to(wide(constant.dtype)).unflatten(0, flat.shape[1:]), None
 
 
 def centred(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pipeline.backbone import Backbone, load_backbone
 from pipeline.errors import BackboneError, SettingError
-from pipeline.side.layers import FrozenNorm, pool_tokens
 from pipeline.side import FeatureSpec
+from pipeline.side.layers import FrozenNorm, pool_tokens
 from pipeline.taps import parse_taps
 
 CPU = torch.device("cpu")
@@ -32,7 +32,11 @@ KINDS = {  # name → prefix tokens
     "vit_relpos_medium_patch16_cls_224": 1,
     "test_vit2": 1,  # average pooling, fc_norm
 }
-SIZES = {"vit_small_patch14_dinov2": 70, "vit_small_patch14_reg4_dinov2": 70, "eva02_tiny_patch14_224": 70}
+SIZES = {
+    "vit_small_patch14_dinov2": 70,
+    "vit_small_patch14_reg4_dinov2": 70,
+    "eva02_tiny_patch14_224": 70,
+}
 
 
 def load(name: str) -> Backbone:

@@ -93,6 +93,20 @@ class TestContract:
         expected = run(alone, features)[0]
         torch.testing.assert_close(run(together, features)[1], expected, rtol=1e-10, atol=1e-10)
 
+    def test_operands_do_not_alias_the_features(
+        self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
+    ) -> None:
+        """Read buffers are used again."""
+        for norm in ("layer", "none"):
+            network = build(make_spec(norm=norm), method, settings)
+            for dtype in (torch.float64, torch.float32):
+                features = features_for(network).to(dtype)
+                operands = network.operands(features, dtype)
+                before = {name: values.clone() for name, values in operands.items()}
+                features.zero_()
+                for name, values in operands.items():
+                    assert torch.equal(values, before[name]), name
+
     def test_state_round_trip(
         self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
     ) -> None:
