@@ -230,8 +230,7 @@ def _build(name: str, **arguments: Any) -> nn.Module:
     except (OSError, RuntimeError) as error:
         raise BackboneError(
             f"{name}: the pretrained weights could not be loaded ({_gist(error)}). "
-            f"Without a way to the hub, give a file with --weights, or --no-pretrained for "
-            f"random weights."
+            f"Without a way to the hub, give a file with --weights."
         ) from error
 
 

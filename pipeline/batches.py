@@ -202,8 +202,8 @@ class Batches:
         pool = ThreadPoolExecutor(READERS, thread_name_prefix="sidecache-read")
 
         def submit(rows: np.ndarray) -> None:
-            tensor, array = buffer = free.popleft()
-            part = array[: len(rows)]
+            buffer = free.popleft()
+            part = buffer[1][: len(rows)]
             read = partial(self.reader.read_into, stack=self.stack.name, taps=self._span)
             waiting.append((pool.submit(read, rows, part), buffer, len(rows)))
 

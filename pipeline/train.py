@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,8 @@ def train(config: TrainConfig, report: Report = lambda _: None) -> TrainResult:
     directory, SettingError, MissingTaps, DeviceError.
     """
     begin = time.perf_counter()
+    resolved = (replace(m, settings=vars(method_settings(m))) for m in config.members)
+    config = replace(config, members=tuple(resolved))
     device = pick_device(config.device)
     dtype = pick_precision(device, config.amp)
     with Reader(config.cache) as reader:

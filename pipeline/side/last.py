@@ -94,7 +94,7 @@ class LAST(SideNetwork):
         return len(self.chain.state_of)
 
     def operands(self, features: Tensor, dtype: torch.dtype) -> Operands:
-        """`state<i>`, `square<i>`: prefix sum S_{i+1}, centred; `mean`, `cls` (B, D): pooled z_m."""
+        """`state<i>`, `square<i>`: S_{i+1}, centred, and its square; `mean`, `cls`: pooled z_m."""
         out: Operands = {}
         total = features[:, 0].to(wide(dtype))
         for i in range(features.shape[1] - 1):

@@ -62,6 +62,7 @@ def test_it_learns_and_leaves_a_run_directory(cache: Path, tmp_path: Path) -> No
     }  # fmt: skip
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["members"][0]["smoothing"] == 0.0, "defaults are written out"
+    assert config["members"][0]["settings"]["heads"] == 1
     card = json.loads((run / "members/m0/adapter_config.json").read_text())
     assert card["classes"] == ["blue", "green", "red"]
     assert card["settings"] == {"rank": 4, "gap": 1, "depth": 1, "heads": 1, "pool": "mean"}

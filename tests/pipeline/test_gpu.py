@@ -1,0 +1,47 @@
+"""What only a GPU can show: both stages there, against the CPU. `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import extract_config, train_config
+
+from cache import Reader, verify
+from pipeline.checkpoint import Run
+from pipeline.config import Member
+from pipeline.extract import extract
+from pipeline.train import Start, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LAST = Member(method="last", epochs=4, warmup_epochs=1, drop_path=0.2, settings={"rank": 4})
+
+
+def test_extraction_equals_the_cpu(images: Path, zarr_cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.zarr"
+    extract(extract_config(images, out, device="cuda", workers=2))
+    assert verify(out).ok
+    with Reader(out) as ours, Reader(zarr_cache) as cpu:
+        assert ours.fingerprint == cpu.fingerprint
+        rows = range(ours.manifest.rows)
+        difference = torch.from_numpy(ours.read(rows) - cpu.read(rows))
+    assert difference.abs().max() < 1e-2  # TF32 and other kernels
+
+
+@pytest.mark.parametrize("resident", ["device", "ram", "disk"])
+def test_training_equals_the_cpu(zarr_cache: Path, tmp_path: Path, resident: str) -> None:
+    records: list[object] = []
+    config = train_config(zarr_cache, tmp_path / "cpu", LAST)
+    train(config)
+    changes = {"device": "cuda", "resident": resident, "out": str(tmp_path / "gpu")}
+    train(dataclasses.replace(config, **changes), records.append)
+    (start,) = [record for record in records if isinstance(record, Start)]
+    assert start.resident == resident
+    runs = [Run(tmp_path / name).metrics() for name in ("gpu", "cpu")]
+    ours, theirs = ([line["train_loss"] for line in lines] for lines in runs)
+    assert ours == pytest.approx(theirs, rel=1e-2)
