@@ -133,11 +133,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("pipeline/demo_backbone.safetensors"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=20_000, help="rendered once; 2.3 GB")
+    parser.add_argument("--images", type=int, default=8000, help="rendered once; 0.9 GB")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 

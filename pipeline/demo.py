@@ -48,7 +48,7 @@ def commands(out: Path) -> list[list[str]]:
         lines.append(["extract", images, *model, "--out", cache])
         for method in METHODS:
             run = str(out / f"{task}-{method}")
-            lines.append(["train", cache, "--method", method, "--out", run])
+            lines.append(["train", cache, "--method", method, "--pool", "cls", "--out", run])
             lines.append(["evaluate", run])
     return lines
 
@@ -91,7 +91,7 @@ def draw_curves(out: Path, picture: Path) -> None:
             panel.plot(share, top1, color=colours[method], linewidth=2)
             label = f"{names[method]}  {top1[-1]:.0f} %"
             panel.annotate(
-                label, (1, top1[-1]), xytext=(0, -6), textcoords="offset points",
+                label, (1, top1[-1]), xytext=(0, -10), textcoords="offset points",
                 ha="right", va="top", color=colours[method], fontsize=9,
             )  # fmt: skip
         panel.set_title(f"{task}", loc="left", fontsize=11)

@@ -2,7 +2,7 @@
 
 A picture holds one shape, filled with one texture, somewhere on a cluttered background. What is
 asked of it is the task: which shape and texture ("shape", the task that the demo's backbone was
-pretrained on), which way the shape points ("orientation"), or where it lies ("position").
+pretrained on), which way a drop points ("orientation"), or where it lies ("position").
 Whatever a task does not ask is drawn at random, so each task is the others' nuisance.
 
 A picture is fixed by (seed, task, split, index) alone: no picture depends on how many others
@@ -28,7 +28,7 @@ SIDE = 168  # timm resizes to 168 before it crops test_vit's 160: at this size t
 SPLITS = ("train", "val", "test")
 TEXTURES = ("plain", "stripes", "dots")
 ORIENTATIONS = 8
-GRID = 4  # cells a side of the position task
+GRID = 3  # cells a side of the position task
 
 _OVERSAMPLING = 3  # mask pixels per picture pixel and axis
 _BIN_FILL = 0.7  # labels' bins and cells are drawn from their middle 70 %: no ties at the borders
@@ -72,7 +72,7 @@ def _heart() -> Outline:
     t = np.linspace(0, 2 * np.pi, 49)
     x = 16 * np.sin(t) ** 3
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return [(float(u) / 17, float(-v - 2.5) / 17) for u, v in zip(x, y, strict=True)]  # tip up
+    return [(float(u) / 17, float(-v - 2.5) / 17) for u, v in zip(x, y, strict=True)]
 
 
 # A shape is its outlines, filled in turn with True (shape) or False (hole).
@@ -100,7 +100,7 @@ SHAPES: dict[str, list[tuple[Outline, bool]]] = {
         ([(-0.27, 0.4), (0.27, 0.4), (0.27, -0.95), (-0.27, -0.95)], True),
     ],
 }
-DIRECTED = ("arrow", "drop", "heart", "crescent", "tee")  # each has one way up
+POINTER = "drop"  # the shape whose tip the orientation task asks for
 
 
 def mask(picture: Picture) -> Array:
@@ -186,20 +186,17 @@ def _draw_shape(rng: np.random.Generator, label: int) -> Picture:
 
 def _draw_orientation(rng: np.random.Generator, label: int) -> Picture:
     offset = rng.uniform(-0.5, 0.5) * _BIN_FILL
-    return _anywhere(
-        rng, shape=str(rng.choice(DIRECTED)), angle=(label + offset) * 360 / ORIENTATIONS
-    )
+    return _anywhere(rng, shape=POINTER, angle=(label + offset) * 360 / ORIENTATIONS)
 
 
 def _draw_position(rng: np.random.Generator, label: int) -> Picture:
     row, column = divmod(label, GRID)
     x, y = (np.array([column, row]) + 0.5 + rng.uniform(-0.5, 0.5, 2) * _BIN_FILL) / GRID
-    return _anywhere(rng, centre=(_place(x), _place(y)))
+    return _anywhere(rng, centre=(_place(x, margin=30), _place(y, margin=30)))
 
 
-def _place(fraction: float) -> float:
+def _place(fraction: float, *, margin: int = 40) -> float:
     """Centres keep a margin from the picture's edge, so that most of every shape is inside."""
-    margin = 40
     return float(margin + fraction * (SIDE - 2 * margin))
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.side.contract import FeatureSpec, Operands, Settings, SideNetwork, find_taps
-from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens, wide
+from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens
+from pipeline.side.rank_space import wide
 
 
 @dataclass(frozen=True, kw_only=True)

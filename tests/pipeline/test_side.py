@@ -127,7 +127,7 @@ class TestContract:
         assert (half - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def reference(network: LAST, features: Tensor, member: int) -> Tensor:
+def reference(network: LAST, features: Tensor, member: int, keep: Tensor | None = None) -> Tensor:
     """LAST as the paper writes it: u_i = F_i(u_{i-1} + z_i), output u_m - sum(z_0 .. z_{m-1})."""
     settings, spec, chain = network.settings, network.spec, network.chain
     rows, heads = len(features), settings.heads
@@ -145,7 +145,8 @@ def reference(network: LAST, features: Tensor, member: int) -> Tensor:
             scores = q @ k.mT / (settings.rank // heads) ** 0.5
             attended = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
             up, up_bias = chain.up_weight[member, module], chain.up_bias[member, module]
-            u = u + attended @ up.T + up_bias
+            branch = attended @ up.T + up_bias
+            u = u + (branch if keep is None else branch * keep[module, :, None, None])
             module += 1
     corrected = u - features[:, :-1].sum(dim=1)
     if settings.pool == "cls":
@@ -184,6 +185,33 @@ def test_last_equals_the_paper_recursion(
     for member in range(3):
         expected = reference(network, features, member)
         torch.testing.assert_close(logits[member], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"rank": 4}, {"rank": 4, "gap": 2, "depth": 3, "heads": 2, "pool": "cls"}]
+)
+def test_last_gradients_equal_those_of_the_recursion(
+    make_spec: MakeSpec, settings: dict[str, Any], dropped: bool
+) -> None:
+    """The backward pass is written out; autograd differentiates the reference."""
+    network = build(make_spec(), "last", settings)
+    assert isinstance(network, LAST)
+    features = features_for(network)
+    target = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    keep = None
+    if dropped:
+        draws = torch.rand(3, network.drop_sites, 3, generator=torch.Generator().manual_seed(4))
+        keep = ((draws > 0.4) / 0.6).double()
+    operands = network.operands(features, torch.float64)
+    (network(operands, keep) * target).sum().backward()
+    ours = {name: parameter.grad for name, parameter in network.named_parameters()}
+    network.zero_grad()
+    for member in range(3):
+        kept = None if keep is None else keep[member]
+        (reference(network, features, member, kept) * target[member]).sum().backward()
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
 
 
 def test_last_starts_as_the_linear_probe(make_spec: MakeSpec) -> None:
