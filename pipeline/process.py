@@ -10,20 +10,21 @@ import ctypes
 import ctypes.util
 import os
 
+SPIN_COUNT = "2000"  # rounds that an idle OpenMP thread waits awake, some ten microseconds
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def settle_process() -> None:
-    """Keep freed memory, and let idle threads sleep. Call it before `import torch`.
+    """Keep freed memory, and let idle threads sleep soon. Call it before `import torch`.
 
     - glibc by default maps, zeroes and unmaps every large temporary, at every operation: a LAST
       step at ViT-B widths then runs two to five times slower. Nothing happens on other C libraries.
-    - OpenMP's threads by default spin while they wait. Beside anything else that wants the cores
-      (our own decoding workers, another job) each parallel operation then waits for a time slice:
-      5 instead of 70 images/s were seen with two busy neighbours on two cores. Environment
-      variables that are already set win.
+    - OpenMP's threads by default spin for milliseconds while they wait. Beside anything else that
+      wants the cores (our own decoding workers, another job) each parallel operation then waits
+      for a time slice. docs/log.md has the measurements. Settings of the user's own win.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     libc = ctypes.CDLL(ctypes.util.find_library("c"))
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)

@@ -32,10 +32,11 @@ from pipeline.side.layers import (
     FrozenNorm,
     Head,
     LSAChain,
+    centred,
     check_pool,
     pool_tokens,
+    wide,
 )
-from pipeline.side.rank_space import centred, wide
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.side.contract import FeatureSpec, Operands, Settings, SideNetwork, find_taps
-from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens
-from pipeline.side.rank_space import wide
+from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens, wide
 
 
 @dataclass(frozen=True, kw_only=True)
