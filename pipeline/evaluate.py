@@ -106,8 +106,8 @@ def _live(
     amp: bool | None,
     report: Callable[[Evaluated], None],
 ) -> Scores:
-    from pipeline.images import open_source  # stage two must not need these
-    from pipeline.live import go_live
+    from pipeline.live import go_live  # stage two must not need these
+    from pipeline.sources import open_source
 
     source = open_source(images, splits=tuple(split), classes=tuple(trained.classes))
     live = go_live(trained, weights=weights, device=device, amp=amp)

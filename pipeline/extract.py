@@ -36,8 +36,9 @@ from pipeline.backbone import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
 from pipeline.device import name_of, pick_device, pick_precision
 from pipeline.errors import ImageError
-from pipeline.images import Source, open_source, source_digests
+from pipeline.images import Source, source_digests
 from pipeline.loader import ImageBatch, image_batches
+from pipeline.sources import open_source
 from pipeline.taps import host_buffer, parse_taps
 
 STACK = "tokens"

@@ -29,10 +29,10 @@ from pipeline.images import (
     decode,
     image_suffixes,
     open_photo,
-    open_source,
     photos,
     source_digests,
 )
+from pipeline.sources import open_source
 
 
 def encoded(value: int = 0, kind: str = "PNG", mode: str = "RGB", size: int = 8) -> bytes:
@@ -331,7 +331,7 @@ def test_what_is_no_source(tmp_path: Path) -> None:
 
 
 def test_images_need_neither_torch_nor_timm() -> None:
-    code = "import sys, pipeline.images; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
+    code = "import sys, pipeline.sources; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 

@@ -22,7 +22,7 @@ from pipeline import extract as stage
 from pipeline.backbone import load_backbone
 from pipeline.errors import ImageError
 from pipeline.extract import Skipped, extract
-from pipeline.images import open_source
+from pipeline.sources import open_source
 
 CPU = torch.device("cpu")
 
