@@ -311,20 +311,29 @@ def _refuse_differences(
     """Resuming is for the same job: identity, layout of the stacks, and tables."""
     there, wanted = backend.manifest.to_dict(), manifest.to_dict()
     found = differences(there["identity"], wanted["identity"])
-    for name in ("storage", "rows", "views", "stacks", "targets", "splits", "final_norm"):
-        found += differences(there[name], wanted[name], name)
+    if not found:  # the rest follows from the identity, and would only repeat it
+        for name in ("storage", "rows", "views", "stacks", "targets", "splits", "final_norm"):
+            found += differences(there[name], wanted[name], name)
     if not found:
         same = backend.document["tables"].keys() == tables.keys() and all(
             read_table(backend, name).tobytes() == table.tobytes() for name, table in tables.items()
         )
         found = [] if same else [("tables", "other contents", "these contents")]
     if found:
-        lines = "".join(f"\n  {field}: {a!r} in the cache, {b!r} now" for field, a, b in found)
+        lines = "".join(
+            f"\n  {field}: {_short(a)} in the cache, {_short(b)} now" for field, a, b in found
+        )
         raise IdentityMismatch(
             f"{path} was made from something else:{lines}\n"
             "choose another --out, or replace it with --overwrite",
             found,
         )
+
+
+def _short(value: object) -> str:
+    """A value for a message; of a digest its first twelve digits."""
+    is_digest = isinstance(value, str) and len(value) == 64
+    return f"{value[:12]}…" if is_digest else repr(value)  # type: ignore[index]
 
 
 def _without(values: np.ndarray, start: int, skipped: Mapping[int, str]) -> np.ndarray:
