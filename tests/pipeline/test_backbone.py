@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -179,3 +180,53 @@ def test_taps_grammar(text: str, expected: list[int]) -> None:
 def test_taps_grammar_refuses(text: str) -> None:
     with pytest.raises(SettingError, match="--taps"):
         parse_taps(text, 6)
+
+
+def write_jax(model: Any, path: Path) -> None:
+    """The model's weights in the original JAX layout, as Google published its ViTs."""
+    heads, width = model.blocks[0].attn.num_heads, model.embed_dim
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    out = {
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "cls": state["cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+    }
+    for i in range(len(model.blocks)):
+        ours, theirs = f"blocks.{i}.", f"Transformer/encoderblock_{i}/"
+        attention = f"{theirs}MultiHeadDotProductAttention_1/"
+        for j, norm in enumerate(("norm1", "norm2")):
+            out[f"{theirs}LayerNorm_{2 * j}/scale"] = state[f"{ours}{norm}.weight"]
+            out[f"{theirs}LayerNorm_{2 * j}/bias"] = state[f"{ours}{norm}.bias"]
+        kernels = state[f"{ours}attn.qkv.weight"].reshape(3, heads, width // heads, width)
+        biases = state[f"{ours}attn.qkv.bias"].reshape(3, heads, width // heads)
+        for kernel, bias, name in zip(kernels, biases, ("query", "key", "value"), strict=True):
+            out[f"{attention}{name}/kernel"] = kernel.transpose(2, 0, 1)
+            out[f"{attention}{name}/bias"] = bias
+        projection = state[f"{ours}attn.proj.weight"].T
+        out[f"{attention}out/kernel"] = projection.reshape(heads, width // heads, width)
+        out[f"{attention}out/bias"] = state[f"{ours}attn.proj.bias"]
+        for j, layer in enumerate(("fc1", "fc2")):
+            out[f"{theirs}MlpBlock_3/Dense_{j}/kernel"] = state[f"{ours}mlp.{layer}.weight"].T
+            out[f"{theirs}MlpBlock_3/Dense_{j}/bias"] = state[f"{ours}mlp.{layer}.bias"]
+    np.savez(path, **out)
+
+
+def test_weights_from_a_jax_file(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model: Any = timm.create_model("test_vit", num_classes=7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    write_jax(model, tmp_path / "w.npz")
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    jax, own = (
+        load_backbone("test_vit", device=CPU, weights=tmp_path / name)
+        for name in ("w.npz", "w.pth")
+    )
+    assert jax.weights_sha256 == own.weights_sha256
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    with pytest.raises(BackboneError, match=r"other\.npz does not fit test_vit"):
+        load_backbone("test_vit", device=CPU, weights=tmp_path / "other.npz")
