@@ -42,7 +42,7 @@ from pipeline.sources import open_source
 from pipeline.taps import host_buffer, parse_taps
 
 STACK = "tokens"
-WRITERS = 2  # threads that write; twice as many buffers are in flight
+WRITERS = 2  # threads that write, each from a buffer of its own; one more is being filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +203,7 @@ def _run(
         last = now
 
     shape = (config.batch_size, 1, len(taps), backbone.tokens, backbone.dim)
-    free = [_Buffer(shape, config.dtype, backbone.device) for _ in range(2 * WRITERS)]
+    free = [_Buffer(shape, config.dtype, backbone.device) for _ in range(WRITERS + 1)]
     in_flight: deque[Future[_Buffer]] = deque()
     pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="sidecache-write")
     try:
