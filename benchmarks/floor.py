@@ -16,13 +16,13 @@ def last_step_operations(*, tokens: int, dim: int, rank: int, modules: int) -> d
     """Operations per image of one training step, by product, forward and backward.
 
     state      S_c (P_c^T, W_1,c, …): once forward, once for the weights' gradient (S_c is data)
-    earlier    A (gram, cross): once forward, twice backward
+    earlier    A (column of gram that the newest block adds, cross): once forward, twice backward
     attention  scores and output: once forward, twice backward
     """
     T, D, R = tokens, dim, rank
     widths = [j * (R + 1) for j in range(modules)]  # columns of the earlier modules' output
     state = sum(2 * T * D * (3 * R + width) for width in widths)
-    earlier = sum(2 * T * width * (width + 3 * R) for width in widths)
+    earlier = sum(2 * T * width * (R + 1 + 3 * R) for width in widths)
     attention = modules * 2 * (2 * T * T * R)
     return {"state": 2 * state, "earlier": 3 * earlier, "attention": 3 * attention}
 

@@ -98,15 +98,13 @@ class Batches:
         keys = [network.operand_key for network in networks]
         self._source_of = [keys.index(key) for key in keys]
         self._makers = {i: networks[i] for i in sorted(set(self._source_of))}
-        self._positions = {
-            i: [
-                self.stack.taps.index(tap)
-                for tap in network.taps(network.settings, self.stack.taps)
-            ]
-            for i, network in self._makers.items()
-        }
-        used = sorted({p for positions in self._positions.values() for p in positions})
+        taps = self.stack.taps
+        read = {i: network.taps(network.settings, taps) for i, network in self._makers.items()}
+        used = sorted({taps.index(tap) for names in read.values() for tap in names})
         self._span = slice(used[0], used[-1] + 1)
+        self._positions = {  # within the span
+            i: [taps.index(tap) - used[0] for tap in names] for i, names in read.items()
+        }
         self._resident: dict[int, Operands] | None = None
         self.row_bytes = sum(
             tensor.numel() * tensor.element_size()
@@ -173,7 +171,7 @@ class Batches:
         """Features (B, span, T, D) → the operands of each distinct network."""
         made: dict[int, Operands] = {}
         for i, network in self._makers.items():
-            positions = [p - self._span.start for p in self._positions[i]]
+            positions = self._positions[i]
             whole = positions == list(range(features.shape[1]))
             mine = features if whole else features[:, positions]
             with torch.no_grad():

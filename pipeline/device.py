@@ -37,6 +37,11 @@ def _cpu_has_bfloat16() -> bool:
     return bool(probe and probe())
 
 
+def precision_name(precision: torch.dtype) -> str:
+    """`bfloat16`, `float32`: as manifests, records and messages spell it."""
+    return str(precision).removeprefix("torch.")
+
+
 def name_of(device: torch.device) -> str:
     """What to call the device in messages: `cpu (2 threads)` or the GPU's own name."""
     if device.type == "cuda":

@@ -34,7 +34,7 @@ from cache import (
 )
 from pipeline.backbone import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
-from pipeline.device import name_of, pick_device, pick_precision
+from pipeline.device import name_of, pick_device, pick_precision, precision_name
 from pipeline.errors import ImageError
 from pipeline.images import Source, source_digests
 from pipeline.loader import ImageBatch, image_batches
@@ -148,7 +148,7 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
                 tokens=backbone.tokens,
                 dim=backbone.dim,
                 device=name_of(device),
-                precision=str(precision).removeprefix("torch."),
+                precision=precision_name(precision),
             )
         )
         begin = time.perf_counter()
@@ -287,7 +287,7 @@ def _overflow(
     bad = ~buffer.host[: len(batch.images), 0].isfinite().flatten(2).all(dim=2)  # (B, taps)
     row, tap = (int(i) for i in bad.nonzero()[0])
     least, greatest = buffer.extremes[tap].tolist()
-    storage = str(buffer.host.dtype).removeprefix("torch.")
+    storage = precision_name(buffer.host.dtype)
     if np.isfinite(least) and np.isfinite(greatest):
         what = f"values from {least:.4g} to {greatest:.4g} do not fit {storage}"
         advice = "--dtype bfloat16 has the range of float32"
@@ -321,7 +321,7 @@ def _manifest(
         "gather": "none",
         "tokens": "all",
         "dtype": config.dtype,
-        "precision": str(precision).removeprefix("torch."),
+        "precision": precision_name(precision),
         "views": {"count": 1, "recipe": "eval", "seed": 0},
         "source": {
             "files": hashlib.sha256(digests.tobytes()).hexdigest(),

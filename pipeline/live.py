@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.backbone import Backbone, Preprocessing, load_backbone, preprocessing_dict
+from pipeline.backbone import Backbone, Preprocessing, load_backbone
 from pipeline.checkpoint import TrainedMember
 from pipeline.errors import BackboneError
 from pipeline.images import Source
@@ -71,7 +71,7 @@ def go_live(
     if amp is None:
         amp = card["precision"] != "float32"
     wanted, name = card["backbone"]["weights_sha256"], card["backbone"]["name"]
-    preprocessing = preprocessing_dict(Preprocessing.from_dict(card["preprocessing"]))
+    preprocessing = vars(Preprocessing.from_dict(card["preprocessing"]))
     backbone = load_backbone(name, device=device, weights=weights, preprocessing=preprocessing)
     if backbone.weights_sha256 != wanted:
         raise BackboneError(

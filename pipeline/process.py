@@ -7,7 +7,6 @@ library never does it behind anyone's back.
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import os
 
 SPIN_COUNT = "2000"  # rounds that an idle OpenMP thread waits awake, some ten microseconds
@@ -25,7 +24,7 @@ def settle_process() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    libc = ctypes.CDLL(None)  # the C library that this process already has
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from cache import Reader
 from pipeline.batches import Batches, choose_resident, feature_spec, labelled_rows
 from pipeline.checkpoint import Run, environment
 from pipeline.config import Member, TrainConfig
-from pipeline.device import name_of, pick_device, pick_precision
+from pipeline.device import name_of, pick_device, pick_precision, precision_name
 from pipeline.errors import RunError
 from pipeline.members import Stack, make_stacks, method_settings, score
 from pipeline.metrics import Scores
@@ -128,7 +129,7 @@ def train(config: TrainConfig, report: Report = lambda _: None) -> TrainResult:
             **environment(),
             "fingerprint": reader.fingerprint,
             "device": name_of(device),
-            "precision": str(dtype).removeprefix("torch."),
+            "precision": precision_name(dtype),
         }
         checkpoint = run.begin(config, facts)
         if run.finished:
@@ -140,15 +141,15 @@ def train(config: TrainConfig, report: Report = lambda _: None) -> TrainResult:
             Batches(reader, val_rows, val_labels, networks, **arguments) if len(val_rows) else None
         )
         resident = _make_resident(config, device, batches, held_out, report)
-        trainer = _Pass(config, stacks, batches, held_out, run, report)
-        trainer.facts = {
+        start = {
             "train_rows": len(train_rows),
             "val_rows": len(val_rows),
             "resident": resident,
             "bytes": batches.nbytes + (held_out.nbytes if held_out else 0),
-            "device": name_of(device),
-            "precision": str(dtype).removeprefix("torch."),
+            "device": facts["device"],
+            "precision": facts["precision"],
         }
+        trainer = _Pass(config, stacks, batches, held_out, run, report, start)
         if checkpoint:
             trainer.restore(checkpoint)
         first = trainer.epochs_done
@@ -165,9 +166,7 @@ def train(config: TrainConfig, report: Report = lambda _: None) -> TrainResult:
 
 
 class _Pass:
-    """The epochs of one pass over the cache."""
-
-    facts: dict[str, Any]
+    """The epochs of one pass over the cache. `start` is what `Start` tells beside the pace."""
 
     def __init__(
         self,
@@ -177,8 +176,10 @@ class _Pass:
         held_out: Batches | None,
         run: Run,
         report: Report,
+        start: dict[str, Any],
     ) -> None:
         self.config, self.stacks, self.run, self.report = config, stacks, run, report
+        self.start = start
         self.batches, self.held_out = batches, held_out
         self.epochs = max(member.epochs for member in config.members)
         self.epochs_done = 0
@@ -256,7 +257,7 @@ class _Pass:
                 seconds_per_epoch=seconds_per_epoch,
                 epochs_done=self.epochs_done,
                 epochs=self.epochs,
-                **self.facts,
+                **self.start,
             )
         )
 
@@ -367,24 +368,23 @@ def _save(
     run: Run, config: TrainConfig, stacks: list[Stack], trainer: _Pass, reader: Reader
 ) -> list[MemberResult]:
     manifest = reader.manifest
+    shared = {
+        "format_version": 1,
+        "classes": list(manifest.targets[0].classes),
+        "cache_fingerprint": reader.fingerprint,
+        "backbone": manifest.identity["backbone"],
+        "preprocessing": manifest.identity["preprocessing"],
+        "precision": manifest.identity["precision"],
+        "storage": manifest.storage,
+        "created_by": f"sidecache {version('sidecache')}",
+    }
     results: dict[int, MemberResult] = {}
     for stack in stacks:
         bad = stack.bad_step.tolist()
         for place, (position, member) in enumerate(
             zip(stack.positions, stack.members, strict=True)
         ):
-            card = {
-                "format_version": 1,
-                "method": member.method,
-                "settings": vars(stack.settings),
-                "classes": list(manifest.targets[0].classes),
-                "cache_fingerprint": reader.fingerprint,
-                "backbone": manifest.identity["backbone"],
-                "preprocessing": manifest.identity["preprocessing"],
-                "precision": manifest.identity["precision"],
-                "storage": manifest.storage,
-                "created_by": f"sidecache {environment()['sidecache']}",
-            }
+            card = {"method": member.method, "settings": vars(stack.settings), **shared}
             run.save_member(member_id(position), stack.network, place, card)
             scores = trainer.scores.get(position)
             results[position] = MemberResult(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pipeline import live
+from pipeline.backbone import Backbone
 from pipeline.config import ExtractConfig, Member, TrainConfig
 from pipeline.extract import extract
 from pipeline.side import FeatureSpec
@@ -88,6 +91,17 @@ def train_config(cache: Path, out: Path, *members: Member, **changes: object) ->
     defaults: dict[str, object] = {"device": "cpu", "amp": False, "batch_size": 5}
     chosen = members or (Member(method="last", epochs=3, warmup_epochs=1, settings={"rank": 4}),)
     return TrainConfig(cache=str(cache), out=str(out), members=chosen, **{**defaults, **changes})
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member goes live with the random weights that its cache was extracted with."""
+    real = live.load_backbone
+
+    def load(name: str, **arguments: Any) -> Backbone:
+        return real(name, **{**arguments, "pretrained": False})
+
+    monkeypatch.setattr(live, "load_backbone", load)
 
 
 @pytest.fixture

@@ -71,15 +71,8 @@ def test_progress_goes_to_stderr_and_results_to_stdout(images: Path, tmp_path: P
     assert "24 images" in result.stderr and "spent waiting for" in result.stderr
 
 
-def test_predict_prints_json_csv_and_text(
-    zarr_cache: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import pipeline.live as live
-
-    real = live.load_backbone
-    monkeypatch.setattr(
-        live, "load_backbone", lambda name, **k: real(name, **{**k, "pretrained": False})
-    )
+@pytest.mark.usefixtures("no_hub")
+def test_predict_prints_json_csv_and_text(zarr_cache: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run("train", zarr_cache, "--method", "linear", "--epochs", 3, "--warmup-epochs", 0,
         "--out", out, "--device", "cpu")  # fmt: skip

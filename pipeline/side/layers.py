@@ -145,12 +145,15 @@ class LSAChain(nn.Module):
         earlier: Tensor | None = None  # (K, BT, j(R+1))
         own = torch.zeros((), device=state.device)  # |sum_i A_i W_i,c^T|^2 so far, (K, BT)
         for j, i in enumerate(self.state_of):
-            used, now = j * columns, (j + 1) * columns
+            used, before = j * columns, (j - 1) * columns
             matrix = torch.cat([projected[j], *up_blocks[:j]], dim=1)  # (K, 3R + used, D)
             flat = operands[f"state{i}"].reshape(batch * tokens, dim)
             qkv, overlap = _ConstantProduct.apply(flat, matrix, rank3)  # (K, BT, 3R), (K, BT, used)
             variance = operands[f"square{i}"].reshape(-1)  # (BT)
             if earlier is not None:
+                column = gram_columns[j - 1]  # what the newest block adds
+                added = torch.cat([2 * column[:, :before], column[:, before:used]], dim=1)
+                own = own + ((earlier @ added) * outputs[-1]).sum(dim=-1)
                 variance = variance + 2 * (overlap * earlier).sum(dim=-1) + own
                 cross = matrix[:, rank3:] @ projected[j].mT  # (K, used, 3R)
                 qkv = qkv + earlier.to(products) @ cross.to(products)
@@ -162,9 +165,6 @@ class LSAChain(nn.Module):
                 branch = branch * keep[:, j, :, None, None]
             outputs.append(branch.flatten(1, 2))
             earlier = torch.cat(outputs, dim=-1)
-            column = gram_columns[j]
-            added = torch.cat([2 * column[:, :used], column[:, used:now]], dim=1)
-            own = own + ((earlier @ added) * outputs[-1]).sum(dim=-1)  # grows by the new block
         assert earlier is not None
         return earlier.unflatten(1, (batch, tokens))
 
