@@ -39,6 +39,15 @@ class CommaList(click.ParamType):
             self.fail(f"{value!r}: expected {self.name.removesuffix(',…')}, or several with commas")
 
 
+class Words(click.ParamType):
+    """A list of values that have commas of their own: `1,2,3 every:2` → two values."""
+
+    name = "text …"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return list(value) if isinstance(value, list | tuple) else str(value).split()
+
+
 class Names(CommaList):
     """`train,val` → ("train", "val"); `none` → ()."""
 
@@ -76,6 +85,26 @@ class Triple(click.ParamType):
         if len(parts) not in (1, 3):
             self.fail(f"{value!r}: expected one number, or three with commas")
         return tuple(parts * 3 if len(parts) == 1 else parts)
+
+
+STORAGE_TYPES = ["float16", "bfloat16", "float32", "int8"]
+
+
+def gather_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Flags of the commands that can store sums over taps."""
+    function = click.option(
+        "--gather-groups", default=1, show_default=True, help="That many sums over runs of taps."
+    )(function)
+    function = click.option(
+        "--gather-k", type=int, help="Sum z0 … zK.  [default: the deepest tap]"
+    )(function)
+    return click.option(
+        "--gather",
+        type=click.Choice(["none", "sum", "normsum"]),
+        default="none",
+        show_default=True,
+        help="Store the sum of the taps alone (MIET); normsum normalises each first.",
+    )(function)
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,19 +199,32 @@ def main() -> None:
 
 @main.command()
 @click.argument("images")
-@click.option("--model", required=True, help="timm's name of a plain ViT (`sidecache models`).")
+@click.option("--model", required=True, help="timm's name of a backbone (`sidecache models`).")
 @click.option("--out", required=True, help="The cache: a folder F.zarr or a file F.h5.")
 @click.option("--weights", type=click.Path(), help="Weights from a file, not the hub.")
 @click.option("--pretrained/--no-pretrained", default=True, help="Random weights, from --seed.")
 @click.option("--split", type=Names(), help="Only these splits, e.g. train,val.")
 @click.option("--data-dir", help="Where a timm dataset string finds its files.")
 @click.option("--taps", default="all", show_default=True, help="all, 0,3,6, every:N or last:N.")
+@gather_options
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
+    type=click.Choice(STORAGE_TYPES),
     default="float16",
     show_default=True,
-    help="Storage type.",
+    help="Storage type; int8 has one scale a token.",
+)
+@click.option(
+    "--ladder-init",
+    type=click.Choice(["magnitude", "fisher"]),
+    help="Keep pruned backbone weights for LST to start from.",
+)
+@click.option("--reduction", default=8, show_default=True, help="LST's r, with --ladder-init.")
+@click.option(
+    "--keep-layers", default="all", show_default=True, help="LST's layers, with --ladder-init."
+)
+@click.option(
+    "--fisher-samples", default=1024, show_default=True, help="Training images weighed by."
 )
 @click.option("--img-size", type=ImageSize(), help="Input side.  [default: the model's own]")
 @click.option("--crop-pct", type=float, help="Share kept by the centre crop.")
@@ -226,6 +268,8 @@ def extract(as_json: bool, **values: Any) -> None:
             match record:
                 case stage.Hashed(done=done, total=total):
                     progress.update("hashing", done, total)
+                case stage.Weighed(done=done, total=total):
+                    progress.update("weighing weights", done, total)
                 case stage.Plan():
                     if record.pending_rows:
                         progress.note(_plan_line(record, config))
@@ -260,11 +304,16 @@ def _plan_line(plan: Any, config: Any) -> str:
     resumed = plan.rows - plan.pending_rows
     images = f"{plan.pending_rows:,} images"
     already = f" ({resumed:,} of {plan.rows:,} rows already there)" if resumed else ""
+    shapes = ", ".join(f"{_run_of(s.taps)} x {s.tokens} x {s.dim}" for s in plan.stacks)
     return (
         f"{config.model} on {plan.device}, {plan.precision}: {images}{already}, "
-        f"taps {plan.taps[0]}…{plan.taps[-1]} ({len(plan.taps)} x {plan.tokens} x {plan.dim}), "
-        f"{_gb(plan.bytes)} of {config.dtype} to {config.out}"
+        f"taps {shapes}, {_gb(plan.bytes)} of {config.dtype} to {config.out}"
     )
+
+
+def _run_of(taps: Any) -> str:
+    """`z0…z12 (13)`; a name alone as it is."""
+    return taps[0] if len(taps) == 1 else f"{taps[0]}…{taps[-1]} ({len(taps)})"
 
 
 @main.command()
@@ -287,13 +336,17 @@ def inspect(cache: str, as_json: bool) -> None:
     lines = [
         ("cache", f"{cache} ({found.format}), {state}"),
         ("rows", f"{found.rows:,} x {found.views} view, {_gb(found.bytes)} of {found.storage}"),
+        ("bytes a row", f"{found.bytes / max(found.rows, 1):,.0f}"),
     ]
     for stack in found.stacks:
         taps = stack["taps"]
         shape = f"{len(taps)} taps x {stack['tokens']} tokens x {stack['dim']}"
-        each = found.bytes / max(found.rows, 1)
-        lines.append((f"stack {stack['name']}", f"{shape} ({each:,.0f} bytes a row)"))
-        lines.append(("taps", " ".join(taps)))
+        lines.append((f"stack {stack['name']}", f"{shape}: {' '.join(taps)}"))
+        if error := found.error.get(stack["name"]):
+            worst = f"worst token {error['worst_token']:.2g}"
+            lines.append(
+                ("rounding error", f"{error['relative']:.2g} of the values' size; {worst}")
+            )
     lines.append(("splits", ", ".join(f"{k} {v:,}" for k, v in found.splits.items())))
     for name, classes in found.targets.items():
         few = list(classes.items())[:8]
@@ -351,13 +404,57 @@ def verify(cache: str, as_json: bool) -> None:
         raise SystemExit(1)
 
 
+@main.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--taps", default="all", show_default=True, help="all, 0,3,6, every:N or last:N.")
+@gather_options
+@click.option("--dtype", type=click.Choice(STORAGE_TYPES), help="Storage type.  [default: SRC's]")
+@click.option("--split", type=Names(), help="Only these splits, e.g. train,val.")
+@click.option("--overwrite", is_flag=True, help="Replace a cache of another identity.")
+@json_option
+def copy(as_json: bool, **values: Any) -> None:
+    """Make a smaller cache DST from the cache SRC: fewer taps, their sum, another storage type.
+
+    No backbone is loaded. DST may have the other format; the same command continues a copy that
+    was interrupted.
+
+    \b
+    Example:
+      sidecache copy photos.zarr sums.h5 --gather sum --dtype int8
+    """
+    _settle()
+    from pipeline import copy as stage
+    from pipeline.config import CopyConfig
+
+    config = CopyConfig(**values)
+    with Progress() as progress:
+        result = stage.copy(
+            config,
+            lambda r: progress.update("copying", r.rows, r.total, f"{_gb(r.bytes)} written"),
+        )
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+        return
+    if not result.copied_rows:
+        click.echo(f"{config.dst}: already complete, nothing to do ({result.rows:,} rows)")
+        return
+    click.echo(
+        f"{config.dst}: {result.rows:,} rows, {_gb(result.bytes)} "
+        f"({result.bytes / result.source_bytes:.1%} of {config.src}'s), {result.seconds:.1f} s"
+    )
+
+
 # --- stage two --------------------------------------------------------------------------------
 
 
 @main.command()
 @click.argument("cache")
-@click.option("--method", type=CommaList(str), required=True, help="last, linear.")
+@click.option(
+    "--method", type=CommaList(str), required=True, help="last, lst, miet, attentive, linear."
+)
 @click.option("--out", required=True, help="The run directory to make, or to continue.")
+@click.option("--taps", default="all", show_default=True, help="Use only these of the cache's.")
 @click.option("--train-split", type=Names(), default="train", show_default=True)
 @click.option("--val-split", type=Names(), default="val", show_default=True, help="Or none.")
 @click.option("--lr", type=CommaList(float), help="Learning rate.")
@@ -368,11 +465,22 @@ def verify(cache: str, as_json: bool) -> None:
 @click.option("--drop-path", type=CommaList(float), help="Of each residual branch and image.")
 @click.option("--smoothing", type=CommaList(float), help="Label smoothing.")
 @click.option("--seed", type=CommaList(int), help="Initialisation and drop-path.")
-@click.option("--pool", type=CommaList(str), help="mean (of patch tokens) or cls.")
-@click.option("--rank", type=CommaList(int), help="last: R.")
+@click.option("--pool", type=CommaList(str), help="mean (patch tokens), cls; linear: clsmean.")
+@click.option("--rank", type=CommaList(int), help="last, miet: R.")
+@click.option("--heads", type=CommaList(int), help="last, miet, attentive: attention heads.")
 @click.option("--gap", type=CommaList(int), help="last: blocks per group.")
 @click.option("--depth", type=CommaList(int), help="last: modules per group.")
-@click.option("--heads", type=CommaList(int), help="last: attention heads.")
+@click.option("--modules", type=CommaList(int), help="miet: attention modules.")
+@click.option("--k", type=CommaList(int), help="miet: sum z0 … zk.")
+@click.option("--gather", type=CommaList(str), help="miet: sum or normsum.")
+@click.option("--groups", type=CommaList(int), help="miet: number of sums.")
+@click.option("--reduction", type=CommaList(int), help="lst: r.")
+@click.option("--keep-layers", type=Words(), help="lst: all, every:2, last:3 or 1,2,3.")
+@click.option("--init", type=CommaList(str), help="lst: random or pruned.")
+@click.option("--mlp-ratio", type=CommaList(float), help="attentive: of the feed-forward block.")
+@click.option("--tap", type=CommaList(int), help="linear: the deepest tap it reads.")
+@click.option("--last-n", type=CommaList(int), help="linear: that many taps up to it.")
+@click.option("--merge", type=CommaList(str), help="linear: concat or mean of several taps.")
 @click.option("-b", "--batch-size", default=32, show_default=True, help="Of the pass.")
 @click.option("--order-seed", default=0, show_default=True, help="Order of batches, of the pass.")
 @click.option(
@@ -390,6 +498,7 @@ def train(
     cache: str,
     method: list[str],
     out: str,
+    taps: str,
     train_split: tuple[str, ...],
     val_split: tuple[str, ...],
     batch_size: int,
@@ -421,6 +530,7 @@ def train(
         cache=cache,
         out=out,
         members=make_members(method, chosen),
+        taps=taps,
         train_split=train_split,
         val_split=val_split,
         batch_size=batch_size,
@@ -601,7 +711,9 @@ def predict(
 @main.command()
 @click.argument("pattern", default="")
 def models(pattern: str) -> None:
-    """List timm's plain vision transformers whose names match PATTERN.
+    """List timm's backbones whose names match PATTERN: plain ViTs, then those in stages.
+
+    Every method works on plain ViTs; linear, attentive and lst on the others too.
 
     \b
     Example:

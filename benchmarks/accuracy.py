@@ -1,18 +1,20 @@
-"""Test accuracy of LAST and of the linear probe on real image sets, through the command line.
+"""Test accuracy of every method on real image sets, through the command line.
 
-For every set: extract once; train a grid of members in one pass with the first seed; the validation
-split chooses the settings; train those with every seed; read the test split once for each of these
-members. What each command answered is kept below --work, so that a run that was stopped goes on
-where it was, and no test split is read twice. One JSON line per set.
+For every set and system: a small grid of members is trained in one pass with the first seed; the
+validation split chooses; the winner is trained with the other seeds; each of these members reads
+the test split once. What each command answered is kept below --work, so that a run that was
+stopped goes on where it was, and no test split is read twice. One JSON line per set.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,11 +22,39 @@ from typing import Any
 from measure import print_line
 
 SETS = "sign_digits coil40_azimuth brain_mri cifar10 pacs_sketch"
-GRIDS = {
-    "linear": {"lr": "1e-3,3e-3,1e-2,3e-2", "pool": "cls,mean"},
-    "last": {"lr": "1e-3,4e-3", "pool": "cls,mean"},
-}
 SIDECACHE = str(Path(sys.executable).with_name("sidecache"))
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of the table: a method, the cache that it trains from, its grid, its fixed flags."""
+
+    method: str
+    cache: str
+    grid: dict[str, str]
+    fixed: dict[str, str] = field(default_factory=dict)
+
+
+SIDE_LR = "2e-3,5e-3"
+SYSTEMS = {
+    "linear": System("linear", "full", {"lr": "3e-3,1e-2,3e-2", "pool": "cls,mean"}),
+    "attentive": System("attentive", "full", {"lr": "5e-4,2e-3"}),
+    "lst_random": System("lst", "full", {"lr": SIDE_LR}, {"init": "random"}),
+    "lst_magnitude": System("lst", "magnitude", {"lr": SIDE_LR}, {"init": "pruned"}),
+    "lst_fisher": System("lst", "full", {"lr": SIDE_LR}, {"init": "pruned"}),
+    "miet_float32": System("miet", "sum_float32", {"lr": SIDE_LR}),
+    "miet_float16": System("miet", "sum_float16", {"lr": SIDE_LR}),
+    "miet_int8": System("miet", "sum_int8", {"lr": SIDE_LR}),
+    "miet_groups3": System("miet", "full", {"lr": SIDE_LR}, {"groups": "3", "modules": "6"}),
+    "last": System("last", "full", {"lr": SIDE_LR}),
+}
+CACHES = {  # how each is made: flags of extract, or the cache it is copied from and flags of copy
+    "full": ["extract", "--ladder-init", "fisher"],
+    "magnitude": ["extract", "--ladder-init", "magnitude"],
+    "sum_float32": ["extract", "--gather", "sum", "--dtype", "float32"],
+    "sum_float16": ["copy", "sum_float32", "--dtype", "float16"],
+    "sum_int8": ["copy", "sum_float32", "--dtype", "int8"],
+}
 
 
 def main() -> None:
@@ -33,12 +63,12 @@ def main() -> None:
     parser.add_argument("--weights", help="weights of the model, a file  [default: timm's own]")
     parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--sets", nargs="+", default=SETS.split())
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--work", type=Path, required=True, help="folder to keep everything in")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--linear-lr", default=GRIDS["linear"]["lr"])
-    parser.add_argument("--last-lr", default=GRIDS["last"]["lr"])
-    parser.add_argument("--epochs", help="of every member  [default: the method's recipe]")
+    parser.add_argument("--epochs", help="of every side network  [default: the method's recipe]")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--keep-caches", action="store_true", help="do not delete them at the end")
     options = parser.parse_args()
     for name in options.sets:
         measure(options, name)
@@ -46,59 +76,83 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, name: str) -> None:
     stages = Stages(options.work / name, options.device)
-    cache = str(stages.folder / "features.zarr")
-    weights = ["--weights", options.weights] if options.weights else []
-    source = [str(options.data / name), "--model", options.model, *weights]
-    extracted = stages.run("extract", ["extract", *source, "--out", cache])
-    results = {
-        "linear": one_method(stages, "linear", options.linear_lr, cache, options),
-        "last": one_method(stages, "last", options.last_lr, cache, options),
-    }
+    results = {}
+    for system in options.systems:
+        cache = make_cache(stages, SYSTEMS[system].cache, name, options)
+        results[system] = one_system(stages, system, cache, options)
+        top1, deviation = results[system]["top1"], results[system]["deviation"] or 0.0
+        print(f"{name} {system}: {top1:.1%} ± {deviation:.1%}", file=sys.stderr)
+    baseline = results.get("linear")
     print_line(
         "accuracy",
         device=options.device,
         set=name,
-        ratio=results["last"]["top1"] / results["linear"]["top1"],
+        ratio=results["last"]["top1"] / baseline["top1"]
+        if baseline and "last" in results
+        else None,
         baseline="the linear probe, chosen the same way",
         test=results,
         seconds=stages.seconds,
-        sizes={"model": options.model, "rows": extracted["rows"], "seeds": options.seeds},
-        fingerprint=extracted["fingerprint"],
+        sizes={"model": options.model, "seeds": options.seeds, "epochs": options.epochs},
     )
+    if not options.keep_caches:
+        for cache in stages.folder.glob("*.zarr"):
+            shutil.rmtree(cache)
 
 
-def one_method(
-    stages: Stages, method: str, lr: str, cache: str, options: argparse.Namespace
+def make_cache(stages: Stages, kind: str, name: str, options: argparse.Namespace) -> str:
+    """Extract or copy, unless it was done; the location."""
+    out = str(stages.folder / f"{kind}.zarr")
+    command, *flags = CACHES[kind]
+    if command == "copy":
+        source = make_cache(stages, flags[0], name, options)
+        stages.run(kind, ["copy", source, out, *flags[1:]], where=False)
+    else:
+        weights = ["--weights", options.weights] if options.weights else []
+        source = [str(options.data / name), "--model", options.model, *weights]
+        stages.run(kind, ["extract", *source, "--out", out, *flags])
+    return out
+
+
+def one_system(
+    stages: Stages, name: str, cache: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Choose on validation with the first seed, train with all, measure each on the test split."""
-    seeds = options.seeds.split(",")
-    train = ["train", cache, "--method", method]
-    if options.epochs:
-        warmup = "0" if int(options.epochs) < 10 else "3"
-        train += ["--epochs", options.epochs, "--warmup-epochs", warmup]
-    grid = ["--lr", lr, "--pool", GRIDS[method]["pool"], "--seed", seeds[0]]
+    system = SYSTEMS[name]
+    first, *others = options.seeds.split(",")
+    train = ["train", cache, "--method", system.method, *flags_of(system.fixed)]
+    if options.epochs and system.method != "linear":
+        train += ["--epochs", options.epochs]
+    grid, rest = (str(stages.folder / f"{name}_{part}") for part in ("grid", "seeds"))
     tried = stages.run(
-        f"{method}_grid", [*train, *grid, "--out", str(stages.folder / f"{method}_grid")]
+        f"{name}_grid", [*train, *flags_of(system.grid), "--seed", first, "--out", grid]
     )
     best = max(tried["members"], key=lambda m: (m["val_top1"], -m["val_loss"]))
-    chosen = {name: best["settings"][name] for name in ("lr", "pool")}
-    run = str(stages.folder / f"{method}_seeds")
-    settings = ["--lr", str(chosen["lr"]), "--pool", chosen["pool"], "--seed", options.seeds]
-    trained = stages.run(f"{method}_seeds", [*train, *settings, "--out", run])
-    tested = [
-        stages.run(f"{method}_test_{m['id']}", ["evaluate", run, "--member", m["id"]])
-        for m in trained["members"]
+    chosen = {axis: str(best["settings"][axis]) for axis in system.grid}
+    members = [(grid, best["id"])]
+    if others:
+        seeds = ["--seed", ",".join(others), "--out", rest]
+        trained = stages.run(f"{name}_seeds", [*train, *flags_of(chosen), *seeds])
+        members += [(rest, member["id"]) for member in trained["members"]]
+    top1 = [
+        stages.run(f"{name}_test_{seed}", ["evaluate", run, "--member", member, "--cache", cache])[
+            "top1"
+        ]
+        for seed, (run, member) in zip([first, *others], members, strict=True)
     ]
-    top1 = [result["top1"] for result in tested]
     return {
         "top1": mean(top1),
         "deviation": stdev(top1) if len(top1) > 1 else None,
         "each": top1,
-        "n": tested[0]["n"],
         "chosen": chosen,
         "val_top1": best["val_top1"],
         "members_tried": len(tried["members"]),
     }
+
+
+def flags_of(settings: dict[str, str]) -> list[str]:
+    """{"lr": "1e-3"} → ["--lr", "1e-3"]."""
+    return [part for name, value in settings.items() for part in (f"--{name}", value)]
 
 
 class Stages:
@@ -109,8 +163,9 @@ class Stages:
         self.seconds: dict[str, float] = {}
         (folder / "stages").mkdir(parents=True, exist_ok=True)
 
-    def run(self, stage: str, arguments: list[str]) -> dict[str, Any]:
-        command = [*arguments, "--device", self.device, "--json"]
+    def run(self, stage: str, arguments: list[str], *, where: bool = True) -> dict[str, Any]:
+        """The answer of a command; `where` says on which device it computes."""
+        command = [*arguments, *(["--device", self.device] if where else []), "--json"]
         record = self.folder / "stages" / f"{stage}.json"
         if record.exists():
             kept = json.loads(record.read_text())

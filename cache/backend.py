@@ -7,7 +7,8 @@ Reading, writing, checksums and order of publication are shared code on plain fi
 A backend object holds plain data only (paths, offsets, the document): no open file, no lock, no
 handle of zarr or h5py. It may be pickled, forked and used by threads.
 
-A row of a stack is `(view, tap, token, dim)` in C order. All offsets and lengths are bytes.
+A row of a stack is `(view, tap, token, stored width)` in C order. All offsets and lengths are
+bytes.
 """
 
 from abc import ABC, abstractmethod
@@ -36,8 +37,8 @@ class Extent:
 class ShardExtents:
     """Where the rows of one shard lie in one stack.
 
-    offsets: int64 (rows of the shard, views), the place of `(tap, token, dim)` of each row and
-    view; -1 where nothing is stored and the values are zeros.
+    offsets: int64 (rows of the shard, views), the place of `(tap, token, stored width)` of each
+    row and view; -1 where nothing is stored and the values are zeros.
     """
 
     path: Path

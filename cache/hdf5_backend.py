@@ -136,7 +136,7 @@ def _datasets(document: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], np.d
     }
     datasets["ledger"] = (manifest.shards, int(document["record_bytes"])), np.dtype(np.uint8)
     for stack in manifest.stacks:
-        shape = (manifest.rows, manifest.views, *stack.shape)
+        shape = (manifest.rows, manifest.views, *manifest.stored_shape(stack.name))
         datasets[f"stacks/{stack.name}"] = shape, manifest.dtype
     return datasets
 

@@ -1,11 +1,13 @@
 """Inspect a cache: what it is and how far it has come, without reading its data."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cache.ledger import Error, add_errors
 from cache.reader import Reader
 
 
@@ -14,6 +16,9 @@ class Inspection:
     """What is known of a cache; `content` is None while rows are missing.
 
     bytes: of all rows, once complete. splits, targets: number of rows per split and per class.
+    error: per stack, what rounding to the storage type lost where it was measured: `relative`, the
+        norm of all errors over the norm of the values, and `worst_token`, the same of the token
+        where it is largest. Empty when nothing was measured.
     """
 
     location: str
@@ -32,6 +37,7 @@ class Inspection:
     splits: dict[str, int]
     targets: dict[str, dict[str, int]]
     skipped: dict[int, str]
+    error: dict[str, dict[str, float]]
     notes: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,8 +72,14 @@ def inspect(location: str | Path) -> Inspection:
                 for target in manifest.targets
             },
             skipped=reader.skipped,
+            error={stack: _relative(add_errors(parts)) for stack, parts in reader.errors.items()},
             notes=dict(manifest.notes),
         )
+
+
+def _relative(error: Error) -> dict[str, float]:
+    squares, exact, worst = error
+    return {"relative": math.sqrt(squares / exact) if exact else 0.0, "worst_token": worst}
 
 
 def _counts(indices: np.ndarray, names: tuple[str, ...]) -> dict[str, int]:

@@ -3,12 +3,15 @@
 A record is published after the shard's data are on disk, so its presence is the proof that the
 shard is whole. It is a zero-padded run of bytes of fixed length, which each backend keeps in its
 own way. It ends in a checksum of itself: a record torn by a power cut counts as not there.
+
+A record may also say what rounding to the storage type lost, where the caller measured it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import xxhash
 
@@ -16,6 +19,10 @@ from cache.manifest import Manifest, canonical_json
 
 REASON_BYTES = 160  # of the reason's JSON text: longer ones are cut
 
+# Sum of squared errors, sum of squared exact values, worst relative error of one token
+Error = tuple[float, float, float]
+
+_NUMBER_BYTES = 24  # the longest that JSON makes of a float: -1.2345678901234567e-308
 _CHECK = b',"check":"'
 _TAIL_BYTES = len(_CHECK) + 32 + len(b'"}')
 
@@ -27,25 +34,34 @@ class Record:
     rows: (first, one past the last).
     digests: per stack, one xxh3_128 hex digest per row, over the row's bytes in all views.
     skipped: reason per row that has no features; its bytes are zeros.
+    error: per stack that was measured, what rounding lost; sums and maximum over the shard.
     """
 
     shard: int
     rows: tuple[int, int]
     digests: Mapping[str, Sequence[str]]
     skipped: Mapping[int, str]
+    error: Mapping[str, Error] = field(default_factory=dict)
 
     def to_bytes(self, record_bytes: int) -> bytes:
-        """The record, padded with zeros to `record_bytes`."""
-        document = {
+        """The record, padded with zeros to `record_bytes`; without `error` if there is no room."""
+        record = self._text()
+        if len(record) > record_bytes:  # laid out before records had an `error`
+            record = replace(self, error={})._text()
+        assert len(record) <= record_bytes, (len(record), record_bytes)
+        return record.ljust(record_bytes, b"\0")
+
+    def _text(self) -> bytes:
+        document: dict[str, Any] = {
             "shard": self.shard,
             "rows": list(self.rows),
             "digests": {stack: list(digests) for stack, digests in self.digests.items()},
             "skipped": {str(row): _cut(reason) for row, reason in self.skipped.items()},
         }
+        if self.error:
+            document["error"] = {stack: list(error) for stack, error in self.error.items()}
         head = canonical_json(document).encode()[:-1]
-        record = head + _CHECK + xxhash.xxh3_128_hexdigest(head).encode() + b'"}'
-        assert len(record) <= record_bytes, (len(record), record_bytes)
-        return record.ljust(record_bytes, b"\0")
+        return head + _CHECK + xxhash.xxh3_128_hexdigest(head).encode() + b'"}'
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self | None:
@@ -61,6 +77,7 @@ class Record:
             rows=(first, end),
             digests=document["digests"],
             skipped={int(row): reason for row, reason in document["skipped"].items()},
+            error={stack: tuple(error) for stack, error in document.get("error", {}).items()},
         )
 
     def belongs_to(self, manifest: Manifest, shard: int) -> bool:
@@ -74,17 +91,24 @@ class Record:
 
 
 def record_bytes(manifest: Manifest) -> int:
-    """Length of every record: room for all digests, and for a reason on every row."""
+    """Length of every record: room for all digests, a reason on every row, and all errors."""
     rows = min(manifest.rows_per_shard, manifest.rows)
     digests = sum(len(stack.name) + 8 + rows * 35 for stack in manifest.stacks)
     skipped = rows * (REASON_BYTES + len(str(manifest.rows)) + 4)
-    return 256 + digests + skipped
+    error = sum(len(stack.name) + 8 + 3 * _NUMBER_BYTES for stack in manifest.stacks)
+    return 256 + digests + skipped + len('"error":{},') + error
 
 
 def read_record(data: bytes | None, manifest: Manifest, shard: int) -> Record | None:
     """The record of a shard out of its bytes; None when absent, torn or of another shard."""
     record = Record.from_bytes(data) if data else None
     return record if record and record.belongs_to(manifest, shard) else None
+
+
+def add_errors(errors: Iterable[Error]) -> Error:
+    """The error of all rows together; the same whatever the order, to the last bit."""
+    squares, exact, worst = zip(*errors, strict=True)
+    return math.fsum(squares), math.fsum(exact), max(worst)
 
 
 def _cut(reason: str) -> str:

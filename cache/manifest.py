@@ -8,6 +8,7 @@ the cache lies, when it was made, or which backend holds it.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Stack:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(taps, tokens, dim): what one view of one row holds."""
+        """(taps, tokens, dim): the values that one view of one row holds."""
         return len(self.taps), self.tokens, self.dim
 
 
@@ -89,6 +90,8 @@ class Manifest:
     splits: names; the table `split` holds an index into them per row.
     final_norm: the backbone's last norm, e.g. `{"kind": "layer", "eps": 1e-6}`; its weights are
         the tables `final_norm/weight` and `final_norm/bias`.
+    blocks: per block of the backbone, nested JSON that says what kind of block it is; the caller
+        decides its fields.
     notes: informational JSON (created by, source path, recipe); compared with nothing.
     """
 
@@ -101,6 +104,7 @@ class Manifest:
     targets: tuple[Target, ...] = ()
     splits: tuple[str, ...] = ()
     final_norm: Mapping[str, Any] = field(default_factory=dict)
+    blocks: tuple[Mapping[str, Any], ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -109,6 +113,8 @@ class Manifest:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("identity", "final_norm", "notes"):
             object.__setattr__(self, name, _plain_json(name, getattr(self, name)))
+        blocks = tuple(_plain_json(f"blocks[{i}]", block) for i, block in enumerate(self.blocks))
+        object.__setattr__(self, "blocks", blocks)
         self._validate()
         if self.rows_per_shard == 0:
             object.__setattr__(self, "rows_per_shard", default_rows_per_shard(self.row_nbytes))
@@ -176,10 +182,17 @@ class Manifest:
         names = ", ".join(stack.name for stack in self.stacks)
         raise NameMissing(f"no stack {name!r} in this cache: it holds {names}")
 
+    def stored_shape(self, stack_name: str) -> tuple[int, int, int]:
+        """(taps, tokens, stored width) of one view of one row, in elements of `dtype`.
+
+        The width is the stack's dim; of int8 it is dim + 4, for each token's scale.
+        """
+        taps, tokens, dim = self.stack(stack_name).shape
+        return taps, tokens, STORAGE[self.storage].width(dim)
+
     def stack_row_nbytes(self, name: str) -> int:
         """Bytes of one row of one stack, all views."""
-        taps, tokens, dim = self.stack(name).shape
-        return self.views * taps * tokens * dim * self.dtype.itemsize
+        return self.views * math.prod(self.stored_shape(name)) * self.dtype.itemsize
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain JSON values; `from_dict` gives an equal manifest back."""
@@ -196,6 +209,7 @@ class Manifest:
             ],
             "splits": list(self.splits),
             "final_norm": dict(self.final_norm),
+            "blocks": [dict(block) for block in self.blocks],
             "notes": dict(self.notes),
         }
 
@@ -253,6 +267,8 @@ def differences(a: object, b: object, prefix: str = "") -> list[tuple[str, Any, 
 
 def _plain_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     """A private copy with tuples turned to lists, so that equality survives a round trip."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a JSON object, received {type(value).__name__}")
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:

@@ -21,7 +21,7 @@ from cache import files
 from cache.backend import ShardExtents
 from cache.encoding import decode_keys
 from cache.errors import CacheDamaged, CacheIncomplete, NameMissing, TapMissing
-from cache.ledger import Record, read_record
+from cache.ledger import Error, Record, read_record
 from cache.location import open_backend
 from cache.manifest import Stack, canonical_json
 from cache.tables import read_table
@@ -36,7 +36,8 @@ class Reader:
     shards can then be read.
 
     Besides what follows: `location` (absolute), `manifest`, `fingerprint`, `skipped` (reason per
-    row that has no features) and `backend` (the layout, for `cache` itself).
+    row that has no features), `errors` (per stack, what rounding lost in each shard where that was
+    measured, see docs/format.md) and `backend` (the layout, for `cache` itself).
 
     Raises: LocationError, CacheNotFound, CacheIncomplete, CacheDamaged, FormatVersionError.
     """
@@ -47,10 +48,15 @@ class Reader:
         self.manifest = self.backend.manifest
         self.fingerprint = self.manifest.fingerprint
         self.skipped: dict[int, str] = {}
+        self.errors: dict[str, list[Error]] = {}
         self._done = np.zeros(self.manifest.shards, bool)
         for shard, record in self._records():
-            self._done[shard] = record is not None
-            self.skipped |= record.skipped if record else {}
+            if record is None:
+                continue
+            self._done[shard] = True
+            self.skipped |= record.skipped
+            for stack, error in record.error.items():
+                self.errors.setdefault(stack, []).append(error)
         if not self.complete and not allow_incomplete:
             raise CacheIncomplete(
                 f"{location}: {self.rows_done} of {self.manifest.rows} rows are done: "
@@ -122,10 +128,7 @@ class Reader:
     @functools.cached_property
     def final_norm(self) -> dict[str, Any]:
         """The backbone's last norm: kind, eps, weight, bias (float32); empty if not kept."""
-        prefix = "final_norm/"
-        tables = [name for name in self.backend.document["tables"] if name.startswith(prefix)]
-        arrays = {name.removeprefix(prefix): self.table(name) for name in tables}
-        return {**self.manifest.final_norm, **arrays}
+        return {**self.manifest.final_norm, **self.tables_below("final_norm")}
 
     @property
     def source_sha256(self) -> np.ndarray:
@@ -136,12 +139,21 @@ class Reader:
         """A fresh copy of one table. Raises NameMissing, CacheDamaged."""
         return read_table(self.backend, name)
 
+    def tables_below(self, prefix: str) -> dict[str, np.ndarray]:
+        """Fresh copies of the tables `<prefix>/<rest>`, by `<rest>`; empty if there are none.
+
+        Raises CacheDamaged.
+        """
+        above = f"{prefix}/"
+        names = [name for name in self.backend.document["tables"] if name.startswith(above)]
+        return {name.removeprefix(above): self.table(name) for name in names}
+
     def read(
         self, rows: Rows, *, stack: str = "tokens", taps: slice | None = None, view: int = 0
     ) -> np.ndarray:
-        """The rows as a new array `(n, taps, tokens, dim)` in the storage dtype."""
-        _, tokens, dim = self.manifest.stack(stack).shape
-        shape = (len(rows), len(_tap_range(self.manifest.stack(stack), taps)), tokens, dim)
+        """The rows as a new array `(n, taps, tokens, stored width)` in the storage dtype."""
+        _, *token_shape = self.manifest.stored_shape(stack)
+        shape = (len(rows), len(_tap_range(self.manifest.stack(stack), taps)), *token_shape)
         out = np.empty(shape, self.manifest.dtype)
         self.read_into(rows, out, stack=stack, taps=taps, view=view)
         return out
@@ -155,10 +167,10 @@ class Reader:
         taps: slice | None = None,
         view: int = 0,
     ) -> None:
-        """Read rows, in the order given, into `out` `(n, taps, tokens, dim)`.
+        """Read rows, in the order given, into `out` `(n, taps, tokens, stored width)`.
 
-        out: C contiguous, in the storage dtype; bfloat16 bits may also go into int16. It may be
-        the memory of a pinned tensor.
+        out: C contiguous, in the storage dtype and of the width of `Manifest.stored_shape`;
+        bfloat16 bits may also go into int16. It may be the memory of a pinned tensor.
         taps: a contiguous range of tap positions; None for all.
 
         Raises:
@@ -168,11 +180,11 @@ class Reader:
             CacheIncomplete: a row belongs to a shard that is not done.
             CacheDamaged: the file is missing or ends too early; names it and the row.
         """
-        known = self.manifest.stack(stack)
-        chosen = _tap_range(known, taps)
+        _, tokens, width = self.manifest.stored_shape(stack)
+        chosen = _tap_range(self.manifest.stack(stack), taps)
         indices = self._check_rows(rows, view)
-        self._check_out(out, (len(indices), len(chosen), known.tokens, known.dim))
-        tap_bytes = known.tokens * known.dim * out.itemsize
+        self._check_out(out, (len(indices), len(chosen), tokens, width))
+        tap_bytes = tokens * width * out.itemsize
         length = len(chosen) * tap_bytes
         memory = out.reshape(-1).view(np.uint8).data
         order = np.argsort(indices, kind="stable")

@@ -8,7 +8,8 @@
 | source_sha256 | uint8 | (rows, 32) | digest of the source file |
 | final_norm/weight, final_norm/bias | float32 | (dim,) | the backbone's last norm |
 
-Other names are kept as they are. Tables are written once, at creation.
+Tables of other names, such as `ladder/block0/qkv_weight`, are kept as they are. All are written
+once, at creation.
 """
 
 import re

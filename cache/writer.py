@@ -9,6 +9,7 @@ This module does not know what the numbers mean, nor which backend holds them.
 """
 
 import errno
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ import xxhash
 from cache import files
 from cache.backend import Backend, make_document
 from cache.errors import IdentityMismatch, NoSpace
-from cache.ledger import Record, read_record, record_bytes
+from cache.ledger import Error, Record, add_errors, read_record, record_bytes
 from cache.location import backend_of, create, is_there, lock, open_backend, remove
 from cache.manifest import Manifest, differences
 from cache.tables import check_tables, read_table
@@ -40,6 +41,7 @@ class _OpenShard:
     left: int
     digests: dict[str, list[str]]
     skipped: dict[int, str] = field(default_factory=dict)
+    errors: dict[str, list[Error]] = field(default_factory=dict)
 
 
 class Writer:
@@ -134,20 +136,29 @@ class Writer:
         start: int,
         arrays: Mapping[str, np.ndarray],
         skipped: Mapping[int, str] | None = None,
+        errors: Mapping[str, Error] | None = None,
     ) -> None:
         """Write consecutive rows of one pending shard; with its last row, publish the shard.
 
-        arrays: per stack `(n, views, taps, tokens, dim)` in the storage dtype, row `start` first.
+        arrays: per stack `(n, views, *manifest.stored_shape(stack))` in the storage dtype, row
+            `start` first.
         skipped: reason per absolute row that has no features; its values are written as zeros.
+        errors: what rounding to the storage type lost, as far as the caller measured it on some of
+            these rows: per stack, sum of squared errors, sum of squared exact values, worst
+            relative error of one token. The ledger keeps sums and maximum of the shard. Numbers
+            that are not finite (sums that overflowed) count as not measured.
         Threads may write different rows at the same time, in any order.
 
         Raises:
-            ValueError: a stack, shape or dtype is not as expected, or the rows are not pending.
+            ValueError: a stack, shape, dtype or error is not as expected, or the rows are not
+                pending.
+            NameMissing: `errors` names a stack that the cache does not hold.
             NoSpace: the disk is full; what is published stays.
         """
         start = int(start)
         skipped = {int(row): reason for row, reason in (skipped or {}).items()}
         count = self._check_arrays(arrays)
+        measured = self._check_errors(errors or {})
         index, shard = self._claim(start, count, skipped)
         local = start - shard.rows.start
         try:
@@ -160,6 +171,8 @@ class Writer:
             raise
         with self._lock:
             shard.skipped.update(skipped)
+            for stack, error in measured.items():
+                shard.errors.setdefault(stack, []).append(error)
             shard.left -= count
             whole = shard.left == 0
         if whole:
@@ -192,14 +205,29 @@ class Writer:
             raise ValueError(f"expected arrays for stacks {names}, received {sorted(arrays)}")
         count = len(arrays[names[0]])
         for stack in self.manifest.stacks:
-            expected = (count, self.manifest.views, *stack.shape)
+            expected = (count, self.manifest.views, *self.manifest.stored_shape(stack.name))
             received = arrays[stack.name]
             if received.shape != expected or received.dtype != self.manifest.dtype:
                 raise ValueError(
                     f"stack {stack.name!r}: expected {self.manifest.dtype} {expected} "
-                    f"(row, view, tap, token, dim), received {received.dtype} {received.shape}"
+                    f"(row, view, tap, token, stored width), "
+                    f"received {received.dtype} {received.shape}"
                 )
         return count
+
+    def _check_errors(self, errors: Mapping[str, Error]) -> dict[str, Error]:
+        """The errors that are finite, after checking their names and lengths."""
+        finite = {}
+        for name, error in errors.items():
+            self.manifest.stack(name)
+            if len(error) != 3:
+                raise ValueError(
+                    f"error of stack {name!r}: expected three numbers (sum of squared errors, sum "
+                    f"of squared values, worst relative error of a token), received {error}"
+                )
+            if all(map(math.isfinite, error)):
+                finite[name] = float(error[0]), float(error[1]), float(error[2])
+        return finite
 
     def _claim(self, start: int, count: int, skipped: Mapping[int, str]) -> tuple[int, _OpenShard]:
         """Take rows for the calling thread; begins their shard with its first rows."""
@@ -257,6 +285,7 @@ class Writer:
             rows=(shard.rows.start, shard.rows.stop),
             digests=shard.digests,
             skipped=shard.skipped,
+            error={stack: add_errors(parts) for stack, parts in shard.errors.items()},
         )
         with _full_disk_explained(self.location):
             for stack, (fd, _) in shard.places.items():
@@ -312,7 +341,8 @@ def _refuse_differences(
     there, wanted = backend.manifest.to_dict(), manifest.to_dict()
     found = differences(there["identity"], wanted["identity"])
     if not found:  # the rest follows from the identity, and would only repeat it
-        for name in ("storage", "rows", "views", "stacks", "targets", "splits", "final_norm"):
+        plan = ("storage", "rows", "views", "stacks", "targets", "splits", "final_norm", "blocks")
+        for name in plan:
             found += differences(there[name], wanted[name], name)
     if not found:
         same = backend.document["tables"].keys() == tables.keys() and all(

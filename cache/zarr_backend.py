@@ -24,6 +24,7 @@ EMPTY = np.uint64(2**64 - 1)  # in an index: no such chunk, its values are the f
 DIMENSIONS = ["row", "view", "tap", "token", "dim"]
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+_NO_ENDIAN = {"name": "bytes"}  # the same codec where a number is one byte
 _INDEX_CODECS = [_BYTES, {"name": "crc32c"}]
 
 
@@ -53,12 +54,13 @@ class ZarrBackend(Backend):
         shape = (manifest.shards, int(document["record_bytes"]))
         root.create_array("ledger", shape=shape, dtype="uint8", chunks=(1, shape[1]), **plain)
         for stack in manifest.stacks:
+            stored = manifest.stored_shape(stack.name)
             root.create_array(
                 f"stacks/{stack.name}",
-                shape=(manifest.rows, manifest.views, *stack.shape),
+                shape=(manifest.rows, manifest.views, *stored),
                 dtype=manifest.dtype,
-                shards=(manifest.rows_per_shard, manifest.views, *stack.shape),
-                chunks=(1, 1, *stack.shape),
+                shards=(manifest.rows_per_shard, manifest.views, *stored),
+                chunks=(1, 1, *stored),
                 dimension_names=DIMENSIONS,
                 **plain,
             )
@@ -70,10 +72,10 @@ class ZarrBackend(Backend):
         attributes = _metadata(path).get("attributes", {})
         backend = cls(path, check_document(path / "zarr.json", attributes.get("sidecache")))
         for stack in backend.manifest.stacks:
-            _check_layout(path / "stacks" / stack.name, backend.manifest, stack.shape)
+            _check_layout(path / "stacks" / stack.name, backend.manifest, stack.name)
         for name, table in backend.document["tables"].items():
             codecs = _metadata(path / name).get("codecs")
-            if codecs not in ([_BYTES], [{"name": "bytes"}]) or 0 in table["shape"]:
+            if codecs not in ([_BYTES], [_NO_ENDIAN]) or 0 in table["shape"]:
                 raise CacheDamaged(_rewritten(path / name, "codecs", [_BYTES], codecs))
         return backend
 
@@ -185,11 +187,14 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _check_layout(folder: Path, manifest: Manifest, shape: tuple[int, int, int]) -> None:
+def _check_layout(folder: Path, manifest: Manifest, stack: str) -> None:
     """Refuse an array that another tool has rewritten with other chunks or codecs."""
-    metadata = _metadata(folder)
+    metadata, shape = _metadata(folder), manifest.stored_shape(stack)
     codecs = metadata.get("codecs") or [{}]
     sharding = codecs[0].get("configuration", {})
+    inner = sharding.get("codecs")
+    if manifest.dtype.itemsize == 1 and inner == [_NO_ENDIAN]:
+        inner = [_BYTES]
     expected: dict[str, Any] = {
         "shape": [manifest.rows, manifest.views, *shape],
         "shard": [manifest.rows_per_shard, manifest.views, *shape],
@@ -202,7 +207,7 @@ def _check_layout(folder: Path, manifest: Manifest, shape: tuple[int, int, int])
         "chunk": sharding.get("chunk_shape"),
         "codecs": [
             codecs[0].get("name"),
-            sharding.get("codecs"),
+            inner,
             sharding.get("index_codecs"),
             sharding.get("index_location", "end"),
         ],

@@ -1,8 +1,9 @@
 """The frozen backbone: a timm ViT, its taps, its preprocessing, its identity.
 
-The only file that builds timm models. Taps are read with forward hooks on `model.blocks`, so any
-timm model made of a plain run of blocks works (class, distillation and register tokens, average
-pooling, rotary embeddings, EVA, CLIP and SigLIP towers) and no forward pass is copied here:
+The only file that builds timm models. Taps are read with forward hooks on the model's run of
+blocks, so no forward pass is copied here and most timm models work: plain ViTs (class, distillation
+and register tokens, average pooling, rotary embeddings, EVA, CLIP and SigLIP towers), and backbones
+in stages (Swin, ConvNeXt, ResNet), whose maps become tokens in row-major order:
 
     z0 = tokens as they enter the first block; zi = raw output of block i, before any final norm.
 
@@ -25,9 +26,13 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from pipeline.blocks import describe
 from pipeline.errors import BackboneError, SettingError
+from pipeline.side import TokenShape
 
-Sink = Callable[[int, Tensor], None]
+STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules
+
+Sink = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +80,19 @@ class FinalNorm:
 class Backbone:
     """A frozen timm model in evaluation mode on one device.
 
-    Attributes: `name` (timm's, with the pretrained tag), `blocks` L, `tokens` T (prefix first),
-    `prefix_tokens`, `dim` D, `preprocessing`, `final_norm`, `weights_sha256`.
+    Attributes: `name` (timm's, with the pretrained tag), `taps` (name → shape, in order),
+    `prefix_tokens`, `preprocessing`, `final_norm`, `block_descriptions` (what each block is, for
+    LST), `weights_sha256`.
     """
 
     def __init__(
         self, model: nn.Module, *, name: str, preprocessing: Preprocessing, device: torch.device
     ) -> None:
-        blocks = getattr(model, "blocks", None)
-        if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+        blocks = _run_of_blocks(model)
+        if not blocks:
             raise BackboneError(
-                f"{name}: expected a plain vision transformer with a run of blocks, came "
-                f"{type(model).__name__}, which has none. `sidecache models` lists what works."
+                f"{name}: expected a model made of a run of blocks, came {type(model).__name__}, "
+                f"which has none. `sidecache models` lists what works."
             )
         self.name = name
         self.model = model.eval().requires_grad_(False).to(device)
@@ -96,24 +102,30 @@ class Backbone:
         self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
         self.weights_sha256 = _weights_sha256(model)
         self.final_norm = _final_norm(model, name)
-        self._wanted: dict[int, int] = {i: i for i in range(self.blocks + 1)}
+        self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self._wanted = {f"z{i}" for i in range(self.blocks + 1)}
         self._sink: Sink | None = None
         blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
         for number, block in enumerate(blocks, start=1):
             block.register_forward_hook(lambda _m, _i, out, n=number: self._leave(n, out))
-        self.tokens, self.dim = self._measure()
+        self.taps, grids = self._measure()
+        self.block_descriptions = describe(blocks, grids[1:])
 
     def keep(self, taps: Sequence[str]) -> None:
-        """Read only these taps from now on; blocks after the deepest are not run at all."""
-        numbers = [int(tap[1:]) for tap in taps]
-        self._wanted = {number: position for position, number in enumerate(numbers)}
-        self.model.blocks = self.model.blocks[: max(1, *numbers)]  # type: ignore[index]
+        """Read only these taps from now on; a plain ViT stops after the deepest."""
+        self._wanted = set(taps)
+        if hasattr(self.model, "blocks"):
+            deepest = max(int(tap[1:]) for tap in taps)
+            self.model.blocks = self.model.blocks[: max(1, deepest)]  # type: ignore[index]
 
     def read_taps(self, images: Tensor, sink: Sink, *, precision: torch.dtype) -> None:
-        """Run (B, 3, H, W) through the blocks; `sink(position, tokens (B, T, D))` for each tap.
+        """Run (B, 3, H, W) through the blocks; `sink(name, tokens (B, T, D))` for each tap.
 
         `precision` float32 computes as it is; another type means autocast to it.
         """
+        self._run(images, lambda name, x: sink(name, self._as_tokens(x)), precision)
+
+    def _run(self, images: Tensor, sink: Sink, precision: torch.dtype) -> None:
         self._sink = sink
         try:
             with (
@@ -129,22 +141,37 @@ class Backbone:
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._leave(0, args[0] if args else kwargs["x"])
 
-    def _leave(self, number: int, tokens: Tensor) -> None:
-        if self._sink is not None and number in self._wanted:
-            self._sink(self._wanted[number], tokens)
+    def _leave(self, number: int, out: Any) -> None:
+        name = f"z{number}"
+        if self._sink is not None and name in self._wanted:
+            self._sink(name, out[0] if isinstance(out, tuple) else out)
 
-    def _measure(self) -> tuple[int, int]:
-        shapes: dict[int, torch.Size] = {}
+    def _as_tokens(self, x: Tensor) -> Tensor:
+        """(B, T, D) as it is; a map (B, H, W, D) or (B, D, H, W) → (B, H W, D)."""
+        if x.ndim == 4:
+            x = x if self._channels_last else x.permute(0, 2, 3, 1)  # (B, H, W, D)
+            x = x.flatten(1, 2)  # (B, H W, D)
+        return x
+
+    def _measure(self) -> tuple[dict[str, TokenShape], list[tuple[int, int] | None]]:
+        """The shape of each tap, and its grid (H, W) if it is a map."""
+        taps: dict[str, TokenShape] = {}
+        grids: list[tuple[int, int] | None] = []
+
+        def sink(name: str, x: Tensor) -> None:
+            if x.ndim not in (3, 4):
+                raise BackboneError(
+                    f"{self.name}: expected tap {name} to be (batch, tokens, dim) or a map, came "
+                    f"{tuple(x.shape)}"
+                )
+            _, tokens, dim = self._as_tokens(x).shape
+            taps[name] = TokenShape(tokens=tokens, prefix_tokens=self.prefix_tokens, dim=dim)
+            side = x.shape[1:3] if self._channels_last else x.shape[2:4]
+            grids.append((side[0], side[1]) if x.ndim == 4 else None)
+
         blank = torch.zeros(1, 3, *self.preprocessing.img_size, device=self.device)
-        self.read_taps(blank, lambda i, x: shapes.update({i: x.shape}), precision=torch.float32)
-        unequal = {tuple(shape) for shape in shapes.values()}
-        if len(unequal) != 1 or len(next(iter(unequal))) != 3:
-            raise BackboneError(
-                f"{self.name}: expected every tap to be (batch, tokens, dim) of one shape, came "
-                f"{sorted(unequal)}"
-            )
-        _, tokens, dim = next(iter(unequal))
-        return tokens, dim
+        self._run(blank, sink, torch.float32)
+        return taps, grids
 
     def identity(self) -> dict[str, Any]:
         """What tells these features from another backbone's: part of the cache's fingerprint."""
@@ -207,11 +234,11 @@ def preprocessing_dict(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def list_models(pattern: str = "") -> list[str]:
-    """Names of timm's vision transformers of one token shape that match, as `extract` takes them.
+    """Names of timm's models that match, as `extract` takes them: plain ViTs first, then stages.
 
     Judged by architecture family, without building each model.
     """
-    modules = ("vision_transformer", "deit", "eva", "beit")
+    modules = ("vision_transformer", "deit", "eva", "beit", *STAGED)
     wanted = f"*{pattern}*" if pattern and "*" not in pattern else pattern
     return [
         name
@@ -220,9 +247,23 @@ def list_models(pattern: str = "") -> list[str]:
     ]
 
 
+def _run_of_blocks(model: nn.Module) -> list[nn.Module]:
+    """In order: `blocks`, or those of `layers`, of `stages`, or of `layer1` … `layer4`."""
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, nn.Sequential | nn.ModuleList):
+        return list(blocks)
+    for attribute in ("layers", "stages"):
+        stages = getattr(model, attribute, None) or []
+        if all(hasattr(stage, "blocks") for stage in stages):
+            found = [block for stage in stages for block in stage.blocks]
+            if found:
+                return found
+    return [block for i in range(1, 5) for block in getattr(model, f"layer{i}", [])]
+
+
 def _build(name: str, **arguments: Any) -> nn.Module:
     try:
-        return timm.create_model(name, **arguments)
+        return _create(name, **arguments)
     except TypeError as error:
         raise BackboneError(f"{name} does not take {', '.join(arguments)}: {error}") from error
     except (AssertionError, ValueError) as error:
@@ -232,6 +273,16 @@ def _build(name: str, **arguments: Any) -> nn.Module:
             f"{name}: the pretrained weights could not be loaded ({_gist(error)}). "
             f"Without a way to the hub, give a file with --weights."
         ) from error
+
+
+def _create(name: str, **arguments: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        if "img_size" not in arguments or "img_size" not in str(error):
+            raise
+        del arguments["img_size"]  # a network of convolutions takes any size
+        return timm.create_model(name, **arguments)
 
 
 def _with_weights_file(name: str, path: Path, shape: dict[str, Any]) -> nn.Module:
@@ -251,7 +302,7 @@ def _with_weights_file(name: str, path: Path, shape: dict[str, Any]) -> nn.Modul
     for classes in candidates:
         count: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         try:
-            return timm.create_model(
+            return _create(
                 name, pretrained=True, pretrained_cfg_overlay={**overlay, **count}, **count, **shape
             )
         except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -278,9 +329,10 @@ def _class_counts(name: str, path: Path) -> list[int | None]:
 
 
 def _final_norm(model: nn.Module, name: str) -> FinalNorm:
-    """`norm` if the model has one, else `fc_norm` (average-pooled models norm after the pool)."""
-    for attribute in ("norm", "fc_norm"):
-        norm = getattr(model, attribute, None)
+    """`norm` if the model has one, else `fc_norm` or `head.norm` (models that pool first)."""
+    head = getattr(model, "head", None)
+    candidates = [getattr(model, name, None) for name in ("norm", "fc_norm")]
+    for norm in [*candidates, getattr(head, "norm", None)]:
         if norm is None or isinstance(norm, nn.Identity):
             continue
         kind = "rms" if "RMS" in type(norm).__name__ else "layer"

@@ -13,10 +13,9 @@ row is about a megabyte in one piece, so random reads run at nearly sequential s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -24,10 +23,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from cache import Reader
+from cache import Reader, Stack
 from pipeline.errors import SettingError
-from pipeline.side import FeatureSpec, Operands, SideNetwork
-from pipeline.taps import host_buffer
+from pipeline.side import FeatureSpec, Operands, SideNetwork, TokenShape
+from pipeline.taps import HostBuffer, choose_taps, host_buffer, restore
 
 READERS = 4  # threads
 SPARE = 0.8  # of the free memory may be filled with features
@@ -42,20 +41,32 @@ class Batch:
     labels: Tensor
 
 
-def feature_spec(reader: Reader, classes: int) -> FeatureSpec:
-    """What the cache's first stack and final norm tell a side network."""
-    stack, norm = reader.manifest.stacks[0], reader.final_norm
+def feature_spec(reader: Reader, classes: int, taps: str = "all") -> FeatureSpec:
+    """What the cache tells a side network; of its taps those that `taps` chooses.
+
+    Raises SettingError if `taps` chooses none, or one that the cache lacks.
+    """
+    shapes = {
+        tap: TokenShape(tokens=stack.tokens, prefix_tokens=stack.prefix_tokens, dim=stack.dim)
+        for stack in reader.manifest.stacks
+        for tap in stack.taps
+    }
+    norm = reader.final_norm
     return FeatureSpec(
-        taps=stack.taps,
-        tokens=stack.tokens,
-        prefix_tokens=stack.prefix_tokens,
-        dim=stack.dim,
+        taps={tap: shapes[tap] for tap in choose_taps(taps, tuple(shapes))},
         classes=classes,
         norm=norm["kind"],
         norm_eps=norm["eps"],
-        norm_weight=_tensor(norm["weight"]),
-        norm_bias=_tensor(norm["bias"]),
+        norm_weight=_tensor(norm.get("weight")),
+        norm_bias=_tensor(norm.get("bias")),
+        blocks=tuple(reader.manifest.blocks),
     )
+
+
+def initial_weights(reader: Reader) -> dict[str, Tensor]:
+    """What the cache offers side networks to start from: LST's pruned weights, if it has them."""
+    tables = reader.tables_below("ladder")
+    return {name: torch.from_numpy(table) for name, table in tables.items()}
 
 
 def labelled_rows(reader: Reader, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -94,21 +105,20 @@ class Batches:
     ) -> None:
         self.reader, self.rows, self.device, self.dtype = reader, rows, device, dtype
         self.labels = torch.from_numpy(np.ascontiguousarray(labels)).to(device)
-        self.stack = reader.manifest.stacks[0]
         keys = [network.operand_key for network in networks]
         self._source_of = [keys.index(key) for key in keys]
         self._makers = {i: networks[i] for i in sorted(set(self._source_of))}
-        taps = self.stack.taps
-        read = {i: network.taps(network.settings, taps) for i, network in self._makers.items()}
-        used = sorted({taps.index(tap) for names in read.values() for tap in names})
-        self._span = slice(used[0], used[-1] + 1)
-        self._positions = {  # within the span
-            i: [taps.index(tap) - used[0] for tap in names] for i, names in read.items()
+        stacks = reader.manifest.stacks
+        available = [tap for stack in stacks for tap in stack.taps]
+        wanted = {tap for network in self._makers.values() for tap in network.sources(available)}
+        self._spans = {
+            stack.name: _span(stack, wanted) for stack in stacks if wanted.intersection(stack.taps)
         }
         self._resident: dict[int, Operands] | None = None
+        blank = {name: buffer.tensor.zero_() for name, buffer in self._buffers(1).items()}
         self.row_bytes = sum(
             tensor.numel() * tensor.element_size()
-            for operands in self._make(self._buffer(1)[0].zero_()).values()
+            for operands in self._make(blank).values()
             for tensor in operands.values()
         )
 
@@ -127,14 +137,15 @@ class Batches:
         resident: dict[int, Operands] = {}
         begin = 0
         for features in self._prefetched(chunks):
-            for i, operands in self._make(features.to(self.device)).items():
+            count = len(next(iter(features.values())))
+            for i, operands in self._make(features).items():
                 for name, values in operands.items():
                     room = resident.setdefault(i, {})
                     if name not in room:
                         shape = (len(self.rows), *values.shape[1:])
                         room[name] = torch.empty(shape, dtype=values.dtype, device=place)
                     room[name][begin : begin + len(values)] = values
-            begin += len(features)
+            begin += count
             loaded(begin)
         self._resident = resident
 
@@ -146,7 +157,7 @@ class Batches:
         if self._resident is None:
             features = self._prefetched([self.rows[place.numpy()] for place in places])
             for place, block in zip(places, features, strict=True):
-                yield self._batch(self._make(block.to(self.device, non_blocking=True)), place)
+                yield self._batch(self._make(block), place)
             return
         for place in places:
             chosen = {i: self._select(room, place) for i, room in self._resident.items()}
@@ -167,59 +178,72 @@ class Batches:
         labels = self.labels[place.to(self.device)]
         return Batch([made[i] for i in self._source_of], labels)
 
-    def _make(self, features: Tensor) -> dict[int, Operands]:
-        """Features (B, span, T, D) → the operands of each distinct network."""
-        made: dict[int, Operands] = {}
-        for i, network in self._makers.items():
-            positions = self._positions[i]
-            whole = positions == list(range(features.shape[1]))
-            mine = features if whole else features[:, positions]
-            with torch.no_grad():
-                made[i] = network.operands(mine, self.dtype)
-        return made
+    def _make(self, stored: dict[str, Tensor]) -> dict[int, Operands]:
+        """Stored tokens of each stack (B, span, T, …) → the operands of each distinct network."""
+        features: dict[str, Tensor] = {}
+        for name, values in stored.items():
+            stack, span = self.reader.manifest.stack(name), self._spans[name]
+            tokens = restore(values.to(self.device, non_blocking=True), stack.dim)
+            features |= zip(stack.taps[span], tokens.unbind(1), strict=True)
+        with torch.no_grad():
+            return {
+                i: network.operands(features, self.dtype) for i, network in self._makers.items()
+            }
 
     @property
     def _row_read_bytes(self) -> int:
-        taps = self._span.stop - self._span.start
-        return self.reader.manifest.row_nbytes * taps // len(self.stack.taps)
+        return sum(buffer.tensor.nbytes for buffer in self._buffers(1).values())
 
-    def _buffer(self, rows: int) -> tuple[Tensor, np.ndarray]:
-        taps = self._span.stop - self._span.start
-        shape = (rows, taps, self.stack.tokens, self.stack.dim)
-        pinned = self.device.type == "cuda"
-        return host_buffer(shape, self.reader.manifest.storage, pinned=pinned)
+    def _buffers(self, rows: int) -> dict[str, HostBuffer]:
+        """Room for `rows` rows of the taps in use, per stack."""
+        manifest, pinned = self.reader.manifest, self.device.type == "cuda"
+        out = {}
+        for name, span in self._spans.items():
+            _, tokens, width = manifest.stored_shape(name)
+            shape = (rows, span.stop - span.start, tokens, width)
+            out[name] = host_buffer(shape, manifest.storage, pinned=pinned)
+        return out
 
-    def _prefetched(self, blocks: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """Each block's features in order, read ahead by threads.
+    def _read(self, rows: np.ndarray, buffers: dict[str, HostBuffer]) -> None:
+        for name, buffer in buffers.items():
+            into = buffer.array[: len(rows)]
+            self.reader.read_into(rows, into, stack=name, taps=self._spans[name])
+
+    def _prefetched(self, blocks: Sequence[np.ndarray]) -> Iterator[dict[str, Tensor]]:
+        """Each block's stored tokens per stack, in order, read ahead by threads.
 
         A block's memory is used again for a later one: it is valid until the next is asked for.
         """
         largest = max(map(len, blocks))
-        free = deque(self._buffer(largest) for _ in range(min(READERS + 1, len(blocks))))
-        waiting: deque[tuple[Future[None], tuple[Tensor, np.ndarray], int]] = deque()
+        free = deque(self._buffers(largest) for _ in range(min(READERS + 1, len(blocks))))
+        waiting: deque[tuple[Future[None], dict[str, HostBuffer], int]] = deque()
         pool = ThreadPoolExecutor(READERS, thread_name_prefix="sidecache-read")
 
         def submit(rows: np.ndarray) -> None:
-            buffer = free.popleft()
-            part = buffer[1][: len(rows)]
-            read = partial(self.reader.read_into, stack=self.stack.name, taps=self._span)
-            waiting.append((pool.submit(read, rows, part), buffer, len(rows)))
+            buffers = free.popleft()
+            waiting.append((pool.submit(self._read, rows, buffers), buffers, len(rows)))
 
         try:
             ahead = iter(blocks)
             for rows in islice(ahead, len(free)):
                 submit(rows)
             while waiting:
-                future, buffer, size = waiting.popleft()
+                future, buffers, size = waiting.popleft()
                 future.result()
-                yield buffer[0][:size]
+                yield {name: buffer.tensor[:size] for name, buffer in buffers.items()}
                 if self.device.type == "cuda":
                     torch.cuda.current_stream(self.device).synchronize()  # its copy has ended
-                free.append(buffer)
+                free.append(buffers)
                 for rows in islice(ahead, 1):
                     submit(rows)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _span(stack: Stack, wanted: Container[str]) -> slice:
+    """The shortest run of the stack's taps that holds the wanted ones."""
+    used = [position for position, tap in enumerate(stack.taps) if tap in wanted]
+    return slice(used[0], used[-1] + 1)
 
 
 def choose_resident(wanted: str, nbytes: int, device: torch.device) -> str:

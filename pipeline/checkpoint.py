@@ -32,10 +32,11 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 from pipeline.errors import RunError
-from pipeline.side import METHODS, FeatureSpec, SideNetwork
+from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINT, SUMMARY, MEMBERS = "checkpoint.pt", "summary.csv", "members"
+CARD_VERSION = 2  # of adapter_config.json; version 1 knew plain ViTs only
 _NORM_WEIGHT, _NORM_BIAS = "final_norm.weight", "final_norm.bias"
 
 
@@ -174,9 +175,14 @@ class Run:
             )
         card = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
-        features = {**card["features"], "taps": tuple(card["features"]["taps"])}
+        if card["format_version"] != CARD_VERSION:
+            raise RunError(
+                f"{folder}: adapter_config.json has version {card['format_version']}, this program "
+                f"reads {CARD_VERSION}: train again"
+            )
+        features = card["features"]
         spec = FeatureSpec(
-            **features,
+            **features | {"taps": {k: TokenShape(**v) for k, v in features["taps"].items()}},
             norm_weight=tensors.pop(_NORM_WEIGHT, None),
             norm_bias=tensors.pop(_NORM_BIAS, None),
         )

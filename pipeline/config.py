@@ -17,6 +17,8 @@ import yaml
 
 from pipeline.errors import SettingError
 
+GATHERS = ("none", "sum", "normsum")  # normsum: each map normalised before it is added
+
 
 def _require(config: object, condition: bool, name: str, expected: str) -> None:
     if not condition:
@@ -36,7 +38,14 @@ class ExtractConfig:
     split: tuple[str, ...] | None = None
     data_dir: str | None = None
     taps: str = "all"
+    gather: str = "none"
+    gather_k: int | None = None
+    gather_groups: int = 1
     dtype: str = "float16"
+    ladder_init: str | None = None
+    reduction: int = 8
+    keep_layers: str = "all"
+    fisher_samples: int = 1024
     img_size: tuple[int, int] | None = None
     crop_pct: float | None = None
     crop_mode: str | None = None
@@ -51,6 +60,7 @@ class ExtractConfig:
     on_error: str = "raise"
     overwrite: bool = False
 
+    LADDER_INITS = (None, "magnitude", "fisher")
     PREPROCESSING = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
     def __post_init__(self) -> None:
@@ -68,10 +78,49 @@ class ExtractConfig:
         )
         modes = (None, "center", "squash", "border")
         _require(self, self.crop_mode in modes, "crop_mode", "center, squash or border")
+        _check_gather(self)
+        _require(self, self.ladder_init in self.LADDER_INITS, "ladder_init", "magnitude or fisher")
+        _require(
+            self,
+            self.ladder_init is None or self.gather == "none",
+            "ladder_init",
+            "none with --gather: LST reads taps, not sums",
+        )
+        _require(self, self.reduction >= 1, "reduction", "1 or more")
+        _require(self, self.fisher_samples >= 1, "fisher_samples", "1 or more")
 
     def preprocessing(self) -> dict[str, Any]:
         """The preprocessing fields that were asked for, None where the backbone decides."""
         return {name: getattr(self, name) for name in self.PREPROCESSING}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyConfig:
+    """A smaller cache from a cache. `dtype` None keeps the storage type, `split` None all rows;
+    `gather` as in ExtractConfig."""
+
+    src: str
+    dst: str
+    taps: str = "all"
+    gather: str = "none"
+    gather_k: int | None = None
+    gather_groups: int = 1
+    dtype: str | None = None
+    split: tuple[str, ...] | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _check_gather(self)
+
+
+def _check_gather(config: ExtractConfig | CopyConfig) -> None:
+    gathers = config.gather != "none"
+    _require(config, config.gather in GATHERS, "gather", ", ".join(GATHERS))
+    _require(config, gathers or config.gather_k is None, "gather_k", "none without --gather")
+    _require(config, gathers or config.gather_groups == 1, "gather_groups", "1 without --gather")
+    _require(
+        config, not gathers or config.taps == "all", "taps", "all with --gather (see gather_k)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +171,7 @@ class TrainConfig:
     cache: str
     out: str
     members: tuple[Member, ...]
+    taps: str = "all"
     train_split: tuple[str, ...] = ("train",)
     val_split: tuple[str, ...] = ("val",)
     batch_size: int = 32

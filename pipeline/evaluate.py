@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cache import Reader
-from pipeline.batches import Batches, labelled_rows
+from pipeline.batches import Batches, feature_spec, labelled_rows
 from pipeline.checkpoint import Run, TrainedMember
 from pipeline.device import pick_device, pick_precision
 from pipeline.errors import ImageError, RunError
@@ -127,13 +127,14 @@ def _check_fit(trained: TrainedMember, reader: Reader) -> None:
     card, manifest = trained.card, reader.manifest
     if card["cache_fingerprint"] == reader.fingerprint:
         return
-    stack = manifest.stacks[0]
+    learned = trained.network.spec.taps
+    found = feature_spec(reader, len(trained.classes)).taps
+    both = [tap for tap in learned if tap in found]
     pairs: dict[str, tuple[Any, Any]] = {
         "backbone": (card["backbone"], manifest.identity["backbone"]),
         "preprocessing": (card["preprocessing"], manifest.identity["preprocessing"]),
         "classes": (card["classes"], list(manifest.targets[0].classes)),
-        "taps": (list(trained.network.spec.taps), list(stack.taps)),
-        "tokens": (trained.network.spec.tokens, stack.tokens),
+        "shapes": ([learned[tap] for tap in both], [found[tap] for tap in both]),
     }
     differing = [name for name, (learned, came) in pairs.items() if learned != came]
     if differing:

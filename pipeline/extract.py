@@ -7,13 +7,15 @@ each block finishes. What this file does not know: side networks, training.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -35,13 +37,23 @@ from cache import (
 from pipeline.backbone import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
 from pipeline.device import name_of, pick_device, pick_precision, precision_name
-from pipeline.errors import ImageError
-from pipeline.images import Source, source_digests
+from pipeline.errors import ImageError, SettingError
+from pipeline.images import Row, Source, source_digests
 from pipeline.loader import ImageBatch, image_batches
+from pipeline.prune import ladder_tables
+from pipeline.side.gather import Gather
+from pipeline.side.ladder import keep_layers
 from pipeline.sources import open_source
-from pipeline.taps import host_buffer, parse_taps
+from pipeline.taps import (
+    HostBuffer,
+    host_buffer,
+    parse_taps,
+    range_of,
+    restore,
+    rounding_error,
+    store,
+)
 
-STACK = "tokens"
 WRITERS = 2  # threads that write, each from a buffer of its own; one more is being filled
 
 
@@ -52,9 +64,7 @@ class Plan:
     rows: int
     pending_rows: int
     bytes: int
-    taps: tuple[str, ...]
-    tokens: int
-    dim: int
+    stacks: tuple[Stack, ...]
     device: str
     precision: str
 
@@ -102,7 +112,65 @@ class ExtractResult:
     legs: dict[str, float] = field(default_factory=dict)
 
 
-Report = Callable[[Plan | Hashed | Extracted | Skipped], None]
+@dataclass(frozen=True, kw_only=True)
+class Weighed:
+    """Reported while the Fisher information of the backbone's weights is summed up."""
+
+    done: int
+    total: int
+
+
+Report = Callable[[Plan | Hashed | Weighed | Extracted | Skipped], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which taps are read from the backbone, and which arrays are made of them.
+
+    Taps of equal shape make one stack: `tokens` for a plain ViT, `stage1`, `stage2` … for others.
+    `gather` reduces them to sums before anything is stored.
+    """
+
+    read: tuple[str, ...]
+    stacks: tuple[Stack, ...]
+    gather: Gather | None = None
+
+    @functools.cached_property
+    def place(self) -> dict[str, tuple[str, int]]:
+        """Stored tap → its stack and its position in it."""
+        return {
+            tap: (stack.name, position)
+            for stack in self.stacks
+            for position, tap in enumerate(stack.taps)
+        }
+
+
+def plan_layout(config: ExtractConfig, backbone: Backbone) -> Layout:
+    """What `config` asks of this backbone. Raises SettingError for taps or sums that cannot be."""
+    shapes = backbone.taps
+    read = parse_taps(config.taps, backbone.blocks)
+    if config.gather == "none":
+        runs = [list(run) for _, run in itertools.groupby(shapes, shapes.__getitem__)]
+        stacks = []
+        for number, run in enumerate(runs, start=1):
+            name = "tokens" if len(runs) == 1 else f"stage{number}"
+            if taps := tuple(tap for tap in run if tap in read):
+                stacks.append(Stack(name=name, taps=taps, **vars(shapes[taps[0]])))
+        return Layout(read=read, stacks=tuple(stacks))
+    deepest = backbone.blocks if config.gather_k is None else config.gather_k
+    if deepest > backbone.blocks:
+        raise SettingError(f"gather_k = {deepest}: this backbone has z0 … z{backbone.blocks}")
+    try:
+        gather = Gather(k=deepest, groups=config.gather_groups, normed=config.gather == "normsum")
+    except ValueError as error:
+        raise SettingError(f"--gather: {error}") from None
+    if len(set(shapes.values())) > 1:
+        raise SettingError(
+            f"--gather {config.gather}: a sum over taps is defined where all have one shape; "
+            f"those of {backbone.name} have {len(set(shapes.values()))} shapes"
+        )
+    stack = Stack(name="tokens", taps=tuple(gather.sums), **vars(shapes["z0"]))
+    return Layout(read=read[: deepest + 1], stacks=(stack,), gather=gather)
 
 
 def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractResult:
@@ -124,15 +192,18 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
         seed=config.seed,
         preprocessing=config.preprocessing(),
     )
-    taps = parse_taps(config.taps, backbone.blocks)
+    layout = plan_layout(config, backbone)
     digests = source_digests(
         source,
         on_error=config.on_error,
         report=lambda done, total: report(Hashed(done=done, total=total)),
     )
-    manifest = _manifest(config, source, backbone, taps, precision, digests)
+    manifest = _manifest(config, source, backbone, layout, precision, digests)
     tables = _tables(source, backbone, digests)
-    backbone.keep(taps)
+    if config.ladder_init:
+        ladder = _ladder(config, manifest, source, backbone, report)
+        tables |= {f"ladder/{name}": table for name, table in ladder.items()}
+    backbone.keep(layout.read)
     try:
         writer = Writer.open(config.out, manifest, tables, overwrite=config.overwrite)
     except IdentityMismatch as error:
@@ -144,15 +215,13 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
                 rows=manifest.rows,
                 pending_rows=pending_rows,
                 bytes=manifest.nbytes,
-                taps=taps,
-                tokens=backbone.tokens,
-                dim=backbone.dim,
+                stacks=layout.stacks,
                 device=name_of(device),
                 precision=precision_name(precision),
             )
         )
         begin = time.perf_counter()
-        legs = _run(config, source, backbone, taps, precision, writer, report)
+        legs = _run(config, source, backbone, layout, precision, writer, report)
         seconds = time.perf_counter() - begin
     with Reader(config.out) as reader:
         return ExtractResult(
@@ -173,7 +242,7 @@ def _run(
     config: ExtractConfig,
     source: Source,
     backbone: Backbone,
-    taps: Sequence[str],
+    layout: Layout,
     precision: torch.dtype,
     writer: Writer,
     report: Report,
@@ -202,8 +271,10 @@ def _run(
         legs[leg] += now - last
         last = now
 
-    shape = (config.batch_size, 1, len(taps), backbone.tokens, backbone.dim)
-    free = [_Buffer(shape, config.dtype, backbone.device) for _ in range(WRITERS + 1)]
+    free = [
+        _Buffer(writer.manifest, layout, config.batch_size, backbone.device)
+        for _ in range(WRITERS + 1)
+    ]
     in_flight: deque[Future[_Buffer]] = deque()
     pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="sidecache-write")
     try:
@@ -220,7 +291,7 @@ def _run(
             buffer.fill(backbone, batch.images, precision)
             lap("forward")
             runs = _overlaps(batch, pending)
-            in_flight.append(pool.submit(_write, writer, buffer, batch, runs, source, taps))
+            in_flight.append(pool.submit(_write, writer, buffer, batch, runs, source))
             done += sum(len(run) for run in runs)
             report(Extracted(rows=done, total=total, bytes=done * row_bytes, seconds=last - begin))
         for future in in_flight:
@@ -232,71 +303,119 @@ def _run(
 
 
 class _Buffer:
-    """Room for one batch of stored tokens (B, 1, taps, T, D), on the device and on the host."""
+    """Room for one batch of stored tokens, per stack (B, 1, taps, T, …), on device and host."""
 
-    def __init__(self, shape: tuple[int, ...], storage: str, device: torch.device) -> None:
+    def __init__(self, manifest: Manifest, layout: Layout, size: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self.host, self.array = host_buffer(shape, storage, pinned=on_gpu)
-        self.device = torch.empty(shape, dtype=self.host.dtype, device=device) if on_gpu else None
-        self.extremes = torch.zeros(shape[2], 2, device=device)  # least and greatest, per tap
+        self.layout, self.storage = layout, manifest.storage
+        self.host: dict[str, HostBuffer] = {}
+        self.into: dict[str, Tensor] = {}
+        self.extremes: dict[str, Tensor] = {}  # least and greatest, per tap
+        self.errors: dict[str, Tensor] = {}  # of the first row, per tap: see `rounding_error`
+        self.sums: dict[str, Tensor] = {}
+        for stack in manifest.stacks:
+            name, shape = stack.name, (size, 1, *manifest.stored_shape(stack.name))
+            host = self.host[name] = host_buffer(shape, manifest.storage, pinned=on_gpu)
+            on_device = torch.empty(shape, dtype=host.tensor.dtype, device=device)
+            self.into[name] = on_device if on_gpu else host.tensor
+            self.extremes[name] = torch.zeros(len(stack.taps), 2, device=device)
+            self.errors[name] = torch.zeros(len(stack.taps), 3, device=device)
+            if layout.gather:
+                room = (size, stack.tokens, stack.dim)
+                self.sums |= {tap: torch.empty(room, device=device) for tap in stack.taps}
         self.copied = torch.cuda.Event() if on_gpu else None
 
     def fill(self, backbone: Backbone, images: Tensor, precision: torch.dtype) -> None:
-        """Forward `images`, cast every tap into place, begin the copy to the host."""
-        size = len(images)
-        into = self.host if self.device is None else self.device
+        """Forward `images`, cast every tap or sum into place, begin the copy to the host."""
+        size, gather = len(images), self.layout.gather
+        for total in self.sums.values():
+            total.zero_()
 
-        def sink(position: int, tokens: Tensor) -> None:
-            into[:size, 0, position].copy_(tokens)
-            self.extremes[position] = torch.stack(torch.aminmax(tokens)).float()
+        def sink(tap: str, tokens: Tensor) -> None:
+            if gather is None:
+                self._keep(tap, tokens)
+                return
+            for name, taps in gather.sums.items():
+                if tap in taps:
+                    self.sums[name][:size] += gather.addend(tokens)
 
         backbone.read_taps(images.to(backbone.device, non_blocking=True), sink, precision=precision)
-        if self.device is not None and self.copied is not None:
-            self.host[:size].copy_(self.device[:size], non_blocking=True)
+        for name, total in self.sums.items():
+            self._keep(name, total[:size])
+        if self.copied is not None:
+            for name, on_device in self.into.items():
+                self.host[name].tensor[:size].copy_(on_device[:size], non_blocking=True)
             self.copied.record()
+
+    def _keep(self, tap: str, tokens: Tensor) -> None:
+        stack, position = self.layout.place[tap]
+        part = self.into[stack][: len(tokens), 0, position]
+        store(tokens, part)
+        self.extremes[stack][position] = torch.stack(torch.aminmax(tokens)).float()
+        if self.storage != "float32":
+            self.errors[stack][position] = rounding_error(tokens[:1], part[:1])
 
     def overflowing(self) -> bool:
         """Wait for the copy; whether a token was NaN or left the range of the storage type."""
         if self.copied is not None:
             self.copied.synchronize()
-        return not bool(self.extremes.to(self.host.dtype).isfinite().all())
+        return not all(
+            bool(extremes.to(range_of(self.storage)).isfinite().all())
+            for extremes in self.extremes.values()
+        )
+
+    def measured(self) -> dict[str, tuple[float, float, float]]:
+        """Rounding error of the first row per stack: squares summed up, squares of the exact
+        values, worst token."""
+        if self.storage == "float32":
+            return {}
+        out = {}
+        for stack, errors in self.errors.items():
+            squares, exact, worst = errors.double().unbind(1)
+            out[stack] = (squares.sum().item(), exact.sum().item(), worst.max().item())
+        return out
+
+    def overflow(self, batch: ImageBatch, source: Source) -> StorageOverflow:
+        """The error that names the first tap and image that do not fit."""
+        for stack in self.layout.stacks:
+            for position, tap in enumerate(stack.taps):
+                extremes = self.extremes[stack.name][position]
+                if extremes.to(range_of(self.storage)).isfinite().all():
+                    continue
+                part = self.host[stack.name].tensor[: len(batch.images), 0, position]
+                fits = restore(part, stack.dim).isfinite().flatten(1).all(dim=1)
+                row = int((~fits).nonzero()[0])
+                return _explain(tap, source.rows[batch.start + row].key, extremes, self.storage)
+        raise AssertionError("nothing overflows")
 
 
-def _write(
-    writer: Writer,
-    buffer: _Buffer,
-    batch: ImageBatch,
-    runs: list[range],
-    source: Source,
-    taps: Sequence[str],
-) -> _Buffer:
-    if buffer.overflowing():
-        raise _overflow(buffer, batch, source, taps)
-    for row in batch.failures:
-        buffer.host[row - batch.start] = 0
-    for run in runs:
-        part = buffer.array[run.start - batch.start : run.stop - batch.start]
-        reasons = {row: why for row, why in batch.failures.items() if row in run}
-        writer.write(run.start, {STACK: part}, reasons)
-    return buffer
-
-
-def _overflow(
-    buffer: _Buffer, batch: ImageBatch, source: Source, taps: Sequence[str]
-) -> StorageOverflow:
-    bad = ~buffer.host[: len(batch.images), 0].isfinite().flatten(2).all(dim=2)  # (B, taps)
-    row, tap = (int(i) for i in bad.nonzero()[0])
-    least, greatest = buffer.extremes[tap].tolist()
-    storage = precision_name(buffer.host.dtype)
+def _explain(tap: str, key: str, extremes: Tensor, storage: str) -> StorageOverflow:
+    least, greatest = extremes.tolist()
     if np.isfinite(least) and np.isfinite(greatest):
         what = f"values from {least:.4g} to {greatest:.4g} do not fit {storage}"
         advice = "--dtype bfloat16 has the range of float32"
     else:
         what = "the backbone itself gave NaN or infinity"
         advice = "try --no-amp, and check the weights"
-    return StorageOverflow(
-        f"tap {taps[tap]} of {source.rows[batch.start + row].key}: {what}; {advice}"
-    )
+    return StorageOverflow(f"tap {tap} of {key}: {what}; {advice}")
+
+
+def _write(
+    writer: Writer, buffer: _Buffer, batch: ImageBatch, runs: list[range], source: Source
+) -> _Buffer:
+    if buffer.overflowing():
+        raise buffer.overflow(batch, source)
+    for row in batch.failures:
+        for host in buffer.host.values():
+            host.tensor[row - batch.start] = 0
+    errors = {} if batch.start in batch.failures else buffer.measured()
+    for run in runs:
+        place = slice(run.start - batch.start, run.stop - batch.start)
+        arrays = {name: host.array[place] for name, host in buffer.host.items()}
+        reasons = {row: why for row, why in batch.failures.items() if row in run}
+        measured = errors if run.start == batch.start else {}
+        writer.write(run.start, arrays, reasons, measured)
+    return buffer
 
 
 def _overlaps(batch: ImageBatch, pending: Sequence[range]) -> list[range]:
@@ -309,16 +428,16 @@ def _manifest(
     config: ExtractConfig,
     source: Source,
     backbone: Backbone,
-    taps: tuple[str, ...],
+    layout: Layout,
     precision: torch.dtype,
     digests: np.ndarray,
 ) -> Manifest:
     rows = source.rows
-    identity = {
+    identity: dict[str, Any] = {
         "backbone": backbone.identity(),
         "preprocessing": preprocessing_dict(backbone.preprocessing),
-        "taps": list(taps),
-        "gather": "none",
+        "taps": [tap for stack in layout.stacks for tap in stack.taps],
+        "gather": asdict(layout.gather) if layout.gather else "none",
         "tokens": "all",
         "dtype": config.dtype,
         "precision": precision_name(precision),
@@ -332,25 +451,74 @@ def _manifest(
         },
         "versions": {"timm": version("timm"), "torch": torch.__version__.split("+")[0]},
     }
+    if config.ladder_init:
+        identity["ladder"] = {
+            "init": config.ladder_init,
+            "reduction": config.reduction,
+            "layers": keep_layers(config.keep_layers, backbone.blocks),
+            "samples": config.fisher_samples if config.ladder_init == "fisher" else 0,
+            "seed": config.seed,
+        }
     norm = backbone.final_norm
     return Manifest(
         identity=identity,
         storage=config.dtype,
         rows=len(rows),
-        stacks=(
-            Stack(
-                name=STACK,
-                taps=taps,
-                tokens=backbone.tokens,
-                prefix_tokens=backbone.prefix_tokens,
-                dim=backbone.dim,
-            ),
-        ),
+        stacks=layout.stacks,
+        blocks=backbone.block_descriptions,
         targets=(Target(name="label", classes=source.classes),),
         splits=tuple(source.splits),
         final_norm={"kind": norm.kind, "eps": norm.eps},
         notes={"created_by": f"sidecache {version('sidecache')}", "source": source.description},
     )
+
+
+def _ladder(
+    config: ExtractConfig,
+    manifest: Manifest,
+    source: Source,
+    backbone: Backbone,
+    report: Report,
+) -> dict[str, np.ndarray]:
+    """LST's pruned initial weights: those that the cache has already, or computed now."""
+    try:
+        with Reader(config.out, allow_incomplete=True) as reader:
+            if reader.fingerprint == manifest.fingerprint:
+                return reader.tables_below("ladder")
+    except CacheError:
+        pass  # no cache yet, or one that the writer will refuse or replace
+    transform = backbone.preprocessing.transform()
+    rows = _fisher_rows(config, source) if config.ladder_init == "fisher" else []
+
+    def images() -> Iterator[tuple[Tensor, int]]:
+        for row in rows:
+            yield transform(source.open(row)).to(backbone.device), row.label
+
+    return ladder_tables(
+        backbone.model,
+        how=config.ladder_init,
+        reduction=config.reduction,
+        layers=keep_layers(config.keep_layers, backbone.blocks),
+        images=images,
+        classes=len(source.classes),
+        pool="cls" if backbone.prefix_tokens else "mean",
+        prefix_tokens=backbone.prefix_tokens,
+        device=backbone.device,
+        seed=config.seed,
+        report=lambda done, total: report(Weighed(done=done, total=total)),
+    )
+
+
+def _fisher_rows(config: ExtractConfig, source: Source) -> list[Row]:
+    """Labelled training images, drawn at random from --seed."""
+    labelled = [row for row in source.rows if row.split == "train" and row.label >= 0]
+    if not labelled:
+        raise SettingError(
+            f"--ladder-init fisher: expected labelled images in a split called train, found none "
+            f"(splits: {', '.join(source.splits)}). --ladder-init magnitude needs no images."
+        )
+    order = np.random.default_rng(config.seed).permutation(len(labelled))
+    return [labelled[i] for i in order[: config.fisher_samples]]
 
 
 def _tables(source: Source, backbone: Backbone, digests: np.ndarray) -> dict[str, np.ndarray]:

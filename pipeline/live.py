@@ -46,15 +46,10 @@ class LiveMember:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, C) float32."""
-        network, spec = self.member.network, self.member.network.spec
-        taps = network.taps(network.settings, spec.taps)
-        positions = {spec.taps.index(tap): place for place, tap in enumerate(taps)}
-        shape = (len(images), len(taps), spec.tokens, spec.dim)
-        features = torch.empty(shape, device=self.backbone.device)
+        network, features = self.member.network, {}
 
-        def sink(position: int, tokens: Tensor) -> None:
-            if position in positions:
-                features[:, positions[position]].copy_(tokens)
+        def sink(tap: str, tokens: Tensor) -> None:
+            features[tap] = tokens.float()
 
         self.backbone.read_taps(images.to(self.backbone.device), sink, precision=self.precision)
         return network(network.operands(features, self.precision))[0].float()
@@ -78,7 +73,7 @@ def go_live(
             f"{name}: expected weights with digest {wanted[:12]}, which the member learned from, "
             f"came {backbone.weights_sha256[:12]}. Give the same file with --weights."
         )
-    backbone.keep(member.network.spec.taps)
+    backbone.keep(member.network.sources(tuple(backbone.taps)))
     return LiveMember(
         member=member, backbone=backbone, precision=torch.bfloat16 if amp else torch.float32
     )

@@ -18,7 +18,7 @@ from pipeline.config import Member, cross
 from pipeline.errors import MissingTaps, SettingError
 from pipeline.metrics import Scores, Tally, cross_entropy
 from pipeline.optim import MemberAdamW
-from pipeline.side import METHODS, FeatureSpec, Settings, SideNetwork
+from pipeline.side import ALIASES, METHODS, FeatureSpec, Settings, SideNetwork
 
 EVAL_BATCH = 64
 
@@ -32,12 +32,14 @@ class Stack:
         settings: Settings,
         members: Sequence[tuple[int, Member]],
         device: torch.device,
+        initial: Mapping[str, Tensor],
     ) -> None:
         method = METHODS[members[0][1].method]
         self.positions = [position for position, _ in members]
         self.members = [member for _, member in members]
         self.settings = settings
         self.network: SideNetwork = method(spec, settings, [m.seed for m in self.members])
+        self.network.start_from(initial)
         self.network.to(device)
         decay = [member.weight_decay for member in self.members]
         self.optimiser = MemberAdamW(self.network, decay, self.network.decayed)
@@ -96,25 +98,33 @@ def make_members(methods: Sequence[str], axes: Mapping[str, Sequence[Any]]) -> t
     learning = set(Member.__dataclass_fields__) - {"method", "settings"}
     used: set[str] = set()
     members = []
-    for method in methods:
+    for name in methods:
+        method = ALIASES.get(name, name)
         if method not in METHODS:
             raise SettingError(f"method {method!r}: expected {', '.join(METHODS)}")
         shaping = set(METHODS[method].settings_class.__dataclass_fields__)
-        mine = {name: values for name, values in axes.items() if name in learning | shaping}
+        mine = {axis: values for axis, values in axes.items() if axis in learning | shaping}
         used |= set(mine)
         for chosen in cross(mine):
             recipe = {**METHODS[method].recipe, **chosen}
-            settings = {name: recipe.pop(name) for name in list(recipe) if name in shaping}
+            settings = {axis: recipe.pop(axis) for axis in list(recipe) if axis in shaping}
             members.append(Member(method=method, settings=settings, **recipe))
-    for name in axes:
-        if name not in used:
-            raise SettingError(f"{name}: no such setting in {', '.join(methods)}")
+    for axis in axes:
+        if axis not in used:
+            raise SettingError(f"{axis}: no such setting in {', '.join(methods)}")
     return tuple(members)
 
 
-def make_stacks(members: Sequence[Member], spec: FeatureSpec, device: torch.device) -> list[Stack]:
-    """Group members by method and shape. Raises SettingError and MissingTaps naming the member's
-    method and the setting or the taps."""
+def make_stacks(
+    members: Sequence[Member],
+    spec: FeatureSpec,
+    device: torch.device,
+    initial: Mapping[str, Tensor] | None = None,
+) -> list[Stack]:
+    """Group members by method and shape; `initial` is what `SideNetwork.start_from` may take.
+
+    Raises SettingError and MissingTaps naming the member's method and the setting or the taps.
+    """
     groups: dict[tuple[str, Settings], list[tuple[int, Member]]] = {}
     for position, member in enumerate(members):
         settings = method_settings(member)
@@ -122,7 +132,7 @@ def make_stacks(members: Sequence[Member], spec: FeatureSpec, device: torch.devi
     stacks = []
     for (method, settings), group in groups.items():
         try:
-            stacks.append(Stack(spec, settings, group, device))
+            stacks.append(Stack(spec, settings, group, device, initial or {}))
         except LookupError as error:
             raise MissingTaps(str(error)) from None
         except ValueError as error:

@@ -16,8 +16,14 @@ import numpy as np
 import torch
 
 from cache import Reader
-from pipeline.batches import Batches, choose_resident, feature_spec, labelled_rows
-from pipeline.checkpoint import Run, environment
+from pipeline.batches import (
+    Batches,
+    choose_resident,
+    feature_spec,
+    initial_weights,
+    labelled_rows,
+)
+from pipeline.checkpoint import CARD_VERSION, Run, environment
 from pipeline.config import Member, TrainConfig
 from pipeline.device import name_of, pick_device, pick_precision, precision_name
 from pipeline.errors import RunError
@@ -122,8 +128,8 @@ def train(config: TrainConfig, report: Report = lambda _: None) -> TrainResult:
     with Reader(config.cache) as reader:
         train_rows, train_labels = labelled_rows(reader, config.train_split)
         val_rows, val_labels = labelled_rows(reader, config.val_split)
-        spec = feature_spec(reader, len(reader.manifest.targets[0].classes))
-        stacks = make_stacks(config.members, spec, device)
+        spec = feature_spec(reader, len(reader.manifest.targets[0].classes), config.taps)
+        stacks = make_stacks(config.members, spec, device, initial_weights(reader))
         run = Run(config.out)
         facts = {
             **environment(),
@@ -369,7 +375,7 @@ def _save(
 ) -> list[MemberResult]:
     manifest = reader.manifest
     shared = {
-        "format_version": 1,
+        "format_version": CARD_VERSION,
         "classes": list(manifest.targets[0].classes),
         "cache_fingerprint": reader.fingerprint,
         "backbone": manifest.identity["backbone"],

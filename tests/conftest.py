@@ -15,7 +15,15 @@ from pipeline import live
 from pipeline.backbone import Backbone
 from pipeline.config import ExtractConfig, Member, TrainConfig
 from pipeline.extract import extract
-from pipeline.side import FeatureSpec
+from pipeline.side import FeatureSpec, TokenShape
+
+
+VIT_BLOCK: dict[str, Any] = {  # a plain pre-norm block, as `pipeline.blocks` describes it
+    "kind": "vit", "dim": 768, "heads": 12, "head_dim": 64, "qkv_bias": True, "proj_bias": True,
+    "ff": "mlp", "hidden": 3072, "act": "gelu", "fc1_bias": True, "fc2_bias": True,
+    "norm": {"kind": "layer", "eps": 1e-6, "bias": True}, "qk_norm": None, "layer_scale": False,
+    "grid": None,
+}  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -108,15 +116,16 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_spec() -> Callable[..., FeatureSpec]:
     """A feature shape with a random final norm."""
 
-    def make(blocks: int = 4, **changes: object) -> FeatureSpec:
+    def make(
+        blocks: int = 4, *, tokens: int = 9, prefix_tokens: int = 1, dim: int = 24, **changes: Any
+    ) -> FeatureSpec:
         generator = torch.Generator().manual_seed(7)
-        dim = int(changes.get("dim", 24))  # type: ignore[call-overload]
-        defaults: dict[str, object] = {
-            "taps": tuple(f"z{i}" for i in range(blocks + 1)),
-            "tokens": 9,
-            "prefix_tokens": 1,
-            "dim": dim,
+        shape = TokenShape(tokens=tokens, prefix_tokens=prefix_tokens, dim=dim)
+        defaults: dict[str, Any] = {
+            "taps": {f"z{i}": shape for i in range(blocks + 1)},
             "classes": 5,
+            "blocks": ({**VIT_BLOCK, "dim": dim, "head_dim": dim // 3, "heads": 3, "hidden": 48},)
+            * blocks,
             "norm": "layer",
             "norm_eps": 1e-6,
             "norm_weight": torch.rand(dim, generator=generator) + 0.5,

@@ -119,7 +119,11 @@ def test_damage_is_named(images: Path, tmp_path: Path) -> None:
         (["extract", "{images}", *SMALL, "--img-size", "x", "--out", "{tmp}/c.h5"], 2, "one side"),
         (["inspect", "{tmp}/none.zarr"], 1, "none.zarr"),
         (["train", "{tmp}/none.h5", "--method", "last", "--out", "{tmp}/r"], 1, "none.h5"),
-        (["train", "{cache}", "--method", "lasso", "--out", "{tmp}/r"], 1, "expected last, linear"),
+        (
+            ["train", "{cache}", "--method", "lasso", "--out", "{tmp}/r"],
+            1,
+            "expected last, lst, miet",
+        ),
         (["train", "{cache}", "--method", "last", "--lr", "big", "--out", "{tmp}/r"], 2, "float"),
         (["train", "{cache}", "--method", "last", "--gap", "5", "--out", "{tmp}/r"], 1, "divisor"),
         (

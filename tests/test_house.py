@@ -19,14 +19,20 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"cli"},
     {"pipeline.demo"},
-    {"pipeline.extract", "pipeline.train", "pipeline.evaluate", "pipeline.predict"},
+    {
+        "pipeline.extract",
+        "pipeline.copy",
+        "pipeline.train",
+        "pipeline.evaluate",
+        "pipeline.predict",
+    },
     {"pipeline.live", "pipeline.sources"},
     {"pipeline.members", "pipeline.checkpoint", "pipeline.loader"},
     {"pipeline.batches", "pipeline.backbone", "pipeline.timm_datasets", "pipeline.optim"},
+    {"pipeline.taps", "pipeline.prune", "pipeline.blocks"},
     {"pipeline.images", "pipeline.side"},
     {
         "pipeline.config",
-        "pipeline.taps",
         "pipeline.metrics",
         "pipeline.device",
         "pipeline.shapes",

@@ -27,28 +27,47 @@ Operands = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureSpec:
-    """What a side network must know about the features: their shape and the final norm.
+class TokenShape:
+    """One tap: T `tokens`, the first `prefix_tokens` of them class or registers, of width D."""
 
-    `taps` are the names in the order in which they lie in the feature array, `("z0", …)`.
-    `norm` is the backbone's own final norm, frozen: kind `layer`, `rms` or `none`, with `eps`;
-    `norm_weight` and `norm_bias` are (D,) float32, or None where the norm has none.
-    """
-
-    taps: tuple[str, ...]
     tokens: int
     prefix_tokens: int
     dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """What a side network must know about the features.
+
+    `taps` maps names, in the backbone's order, to shapes; a plain ViT's are all equal. A name is
+    `z3`, or that of a sum made at extraction (`pipeline/side/gather.py`).
+    `norm` is the backbone's own final norm, frozen: kind `layer`, `rms` or `none`, with `eps`;
+    `norm_weight` and `norm_bias` are (D,) float32, or None where the norm has none.
+    `blocks` describes each block of the backbone, the first for z1 (`pipeline/side/ladder.py`).
+    """
+
+    taps: Mapping[str, TokenShape]
     classes: int
     norm: str = "none"
     norm_eps: float = 0.0
     norm_weight: Tensor | None = field(default=None, compare=False)
     norm_bias: Tensor | None = field(default=None, compare=False)
+    blocks: tuple[Mapping[str, Any], ...] = ()
 
-    @property
-    def blocks(self) -> int:
-        """L: the number of the deepest tap present."""
-        return max(int(tap[1:]) for tap in self.taps)
+    def common_shape(self, taps: Sequence[str], method: str) -> TokenShape:
+        """The one shape that `taps` have. Raises ValueError naming the shapes if they differ."""
+        shapes = {self.taps[tap] for tap in taps}
+        if len(shapes) == 1:
+            return shapes.pop()
+        told = ", ".join(
+            f"{tap}: {shape.tokens} x {shape.dim}"
+            for tap, shape in self.taps.items()
+            if tap in taps
+        )
+        raise ValueError(
+            f"{method} adds taps up, and those of this backbone have unequal shapes ({told}); "
+            f"expected a plain ViT. linear, attentive and lst work on such a backbone."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +88,16 @@ class Settings:
 class SideNetwork(nn.Module):
     """K side networks of one shape.
 
-    Subclasses name themselves (`method`), their `Settings` class, the taps they need, and
-    implement `operands` and `forward`. All parameters have shape (K, …).
+    Subclasses name themselves (`method`) and their `Settings` class, set `reads` (the taps that
+    they read, chosen from `spec.taps`) when they are made, and implement `operands` and `forward`.
+    Making one raises LookupError naming taps that are lacking, ValueError naming a setting that
+    does not suit the features. All parameters have shape (K, …).
     """
 
     method: ClassVar[str]
     settings_class: ClassVar[type[Settings]]
     recipe: ClassVar[dict[str, Any]] = {}  # learning settings that suit the method; ours
+    reads: tuple[str, ...]
 
     def __init__(self, spec: FeatureSpec, settings: Any, seeds: Sequence[int]) -> None:
         super().__init__()
@@ -83,21 +105,20 @@ class SideNetwork(nn.Module):
         self.settings = settings
         self.members = len(seeds)
 
-    @staticmethod
-    def taps(settings: Any, available: Sequence[str]) -> tuple[str, ...]:
-        """The taps that a network with these settings reads, given those in the cache.
+    def sources(self, available: Sequence[str]) -> tuple[str, ...]:
+        """Those of `available` taps that `operands` needs. Raises LookupError naming the lacking.
 
-        Raises LookupError naming what is missing.
+        The same as `reads`, unless the method can make what it reads out of other taps.
         """
-        raise NotImplementedError
+        return find_taps(self.reads, available, self.method)
 
-    def operands(self, features: Tensor, dtype: torch.dtype) -> Operands:
-        """Turn features (B, taps, T, D) into what `forward` reads; no parameter is involved.
+    def operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
+        """Turn features, a (B, T, D) a tap, into what `forward` reads; no parameter is involved.
 
-        `features` holds the taps that `taps` names, in that order. Wide operands come in
-        `dtype`, the precision that the network computes in; narrow ones in float32 (float64 if
-        `dtype` is float64). Every operand has B rows in front and memory of its own, because that
-        of `features` is used again.
+        `features` holds the taps that `sources` named. Wide operands come in `dtype`, the
+        precision that the network computes in; narrow ones in float32 (float64 if `dtype` is).
+        Every operand has B rows in front and memory of its own, because that of `features` is
+        used again.
         """
         raise NotImplementedError
 
@@ -108,6 +129,13 @@ class SideNetwork(nn.Module):
         residual branch; None in evaluation.
         """
         raise NotImplementedError
+
+    def start_from(self, initial: Mapping[str, Tensor]) -> None:
+        """Before training: take what the cache offers to start from. Nothing, by default.
+
+        `initial` holds the cache's tables below `ladder/`. Raises LookupError if settings ask
+        for what is not there.
+        """
 
     @property
     def operand_key(self) -> tuple[Any, ...]:
@@ -144,13 +172,21 @@ def zero_parameter(shape: Sequence[int], members: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(members, *shape))
 
 
+def block_taps(taps: Sequence[str]) -> list[int]:
+    """Numbers of those taps that are a block's own tokens: z0, z3 → [0, 3]; sums are left out."""
+    return [int(tap[1:]) for tap in taps if tap[1:].isdigit()]
+
+
 def find_taps(wanted: Sequence[str], available: Sequence[str], method: str) -> tuple[str, ...]:
-    """`wanted`, or LookupError naming the taps that the cache lacks."""
+    """`wanted`, or LookupError naming the taps that are lacking."""
     missing = [tap for tap in wanted if tap not in available]
     if missing:
+        advice = "Extract again with --taps all, or choose settings that need fewer taps."
+        if not block_taps(available):
+            advice = "Sums are what miet alone reads; extract again without --gather."
         raise LookupError(
-            f"{method} needs the taps {', '.join(wanted)}; "
-            f"the cache lacks {', '.join(missing)} (it has {', '.join(available)}). "
-            f"Extract again with --taps all, or choose settings that need fewer taps."
+            f"{method} needs the taps {', '.join(wanted)}; {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} lacking (there are {', '.join(available)}). "
+            f"{advice}"
         )
     return tuple(wanted)

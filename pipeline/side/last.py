@@ -27,7 +27,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.side.contract import FeatureSpec, Operands, Settings, SideNetwork, find_taps
+from pipeline.side.contract import (
+    FeatureSpec,
+    Operands,
+    Settings,
+    SideNetwork,
+    block_taps,
+    find_taps,
+)
 from pipeline.side.layers import (
     FrozenNorm,
     Head,
@@ -67,22 +74,26 @@ class LAST(SideNetwork):
 
     def __init__(self, spec: FeatureSpec, settings: LASTSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)
-        check_pool(settings.pool, spec)
-        groups = len(self.taps(settings, spec.taps)) - 1
-        state_of = [group for group in range(groups) for _ in range(settings.depth)]
+        self.reads = self._group_ends(settings.gap, tuple(spec.taps))
+        self.shape = spec.common_shape(self.reads, self.method)
+        check_pool(settings.pool, self.shape)
+        groups = range(len(self.reads) - 1)
+        state_of = [group for group in groups for _ in range(settings.depth)]
         self.chain = LSAChain(
-            spec, seeds, state_of=state_of, rank=settings.rank, heads=settings.heads
+            self.shape.dim, seeds, state_of=state_of, rank=settings.rank, heads=settings.heads
         )
-        self.final_norm = FrozenNorm(spec)
-        self.head = Head(spec, seeds, stream=0)
+        self.final_norm = FrozenNorm(spec, self.shape.dim)
+        self.head = Head(self.shape.dim, spec.classes, seeds)
 
     @staticmethod
-    def taps(settings: LASTSettings, available: Sequence[str]) -> tuple[str, ...]:
-        """z0, z_g, z_2g … z_L."""
-        blocks = max(int(tap[1:]) for tap in available)
-        if blocks == 0 or blocks % settings.gap:
-            raise ValueError(f"gap = {settings.gap}: expected a divisor of the {blocks} blocks")
-        wanted = [f"z{i}" for i in range(0, blocks + 1, settings.gap)]
+    def _group_ends(gap: int, available: Sequence[str]) -> tuple[str, ...]:
+        """z0, z_g, z_2g … z_L, L being the deepest tap there is."""
+        blocks = max(block_taps(available), default=0)
+        if blocks == 0:
+            return find_taps(("z0", "z1"), available, "last")
+        if blocks % gap:
+            raise ValueError(f"gap = {gap}: expected a divisor of the {blocks} blocks")
+        wanted = [f"z{i}" for i in range(0, blocks + 1, gap)]
         return find_taps(wanted, available, "last")
 
     @property
@@ -93,20 +104,20 @@ class LAST(SideNetwork):
     def drop_sites(self) -> int:
         return len(self.chain.state_of)
 
-    def operands(self, features: Tensor, dtype: torch.dtype) -> Operands:
+    def operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
         """`state<i>`, `square<i>`: S_{i+1}, centred, and its square; `mean`, `cls`: pooled z_m."""
         out: Operands = {}
-        total = features[:, 0].to(wide(dtype))
-        for i in range(features.shape[1] - 1):
-            total = total + features[:, i + 1]
+        total = features[self.reads[0]].to(wide(dtype))
+        for i, tap in enumerate(self.reads[1:]):
+            total = total + features[tap]
             out[f"state{i}"], out[f"square{i}"] = centred(total, dtype)
-        last = features[:, -1].to(total.dtype)
-        for pool in self.settings.POOLS if self.spec.prefix_tokens else ("mean",):
-            out[pool] = pool_tokens(last, pool, self.spec.prefix_tokens)
+        last = features[self.reads[-1]].to(total.dtype)
+        for pool in self.settings.POOLS if self.shape.prefix_tokens else ("mean",):
+            out[pool] = pool_tokens(last, pool, self.shape.prefix_tokens)
         return out
 
     def forward(self, operands: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
         branches = self.chain(operands, keep)  # (K, B, T, M(R+1))
-        pooled = pool_tokens(branches, self.settings.pool, self.spec.prefix_tokens)
+        pooled = pool_tokens(branches, self.settings.pool, self.shape.prefix_tokens)
         corrected = operands[self.settings.pool] + pooled @ self.chain.ups()  # (K, B, D)
         return self.head(self.final_norm(corrected))

@@ -25,13 +25,20 @@ float32 whatever the precision of the products.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.side.contract import FeatureSpec, Operands, member_parameter, zero_parameter
+from pipeline.side.contract import (
+    FeatureSpec,
+    Operands,
+    TokenShape,
+    member_parameter,
+    zero_parameter,
+)
 
 LN_EPS = 1e-6  # ours: timm's ViTs use it throughout
 
@@ -43,9 +50,9 @@ def pool_tokens(tokens: Tensor, how: str, prefix_tokens: int) -> Tensor:
     return tokens[..., prefix_tokens:, :].mean(dim=-2)
 
 
-def check_pool(how: str, spec: FeatureSpec) -> None:
-    """Refuse `cls` on a backbone without prefix tokens."""
-    if how == "cls" and spec.prefix_tokens == 0:
+def check_pool(how: str, shape: TokenShape) -> None:
+    """Refuse a pool that reads the class token of a backbone that has none."""
+    if how == "cls" and shape.prefix_tokens == 0:
         raise ValueError("pool = 'cls': this backbone has no class token; expected 'mean'")
 
 
@@ -55,34 +62,38 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class FrozenNorm(nn.Module):
-    """The backbone's final norm, as constants: (…, D) → (…, D)."""
+    """The backbone's final norm, as constants: (…, D) → (…, D).
+
+    A tap of another width than the norm's (an earlier stage's) is normed without weights [ours].
+    """
 
     weight: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, spec: FeatureSpec) -> None:
+    def __init__(self, spec: FeatureSpec, dim: int) -> None:
         super().__init__()
-        self.kind, self.eps, self.dim = spec.norm, spec.norm_eps, spec.dim
-        self.register_buffer("weight", spec.norm_weight)
-        self.register_buffer("bias", spec.norm_bias)
+        self.kind, self.eps = spec.norm, spec.norm_eps
+        fits = spec.norm_weight is None or len(spec.norm_weight) == dim
+        self.register_buffer("weight", spec.norm_weight if fits else None, persistent=False)
+        self.register_buffer("bias", spec.norm_bias if fits else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.kind == "layer":
-            return nn.functional.layer_norm(x, (self.dim,), weight, bias, self.eps)
+            return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         if self.kind == "rms":
-            return nn.functional.rms_norm(x, (self.dim,), weight, self.eps)
+            return nn.functional.rms_norm(x, x.shape[-1:], weight, self.eps)
         return x
 
 
 class Head(nn.Module):
     """K linear classifiers: (K, B, D) or (B, D) → (K, B, C). Starts small, bias at zero."""
 
-    def __init__(self, spec: FeatureSpec, seeds: Sequence[int], *, stream: int) -> None:
+    def __init__(self, dim: int, classes: int, seeds: Sequence[int]) -> None:
         super().__init__()
-        self.weight = member_parameter((spec.classes, spec.dim), seeds, std=0.02, stream=stream)
-        self.bias = zero_parameter((spec.classes,), len(seeds))
+        self.weight = member_parameter((classes, dim), seeds, std=0.02, stream=0)
+        self.bias = zero_parameter((classes,), len(seeds))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.mT + self.bias[:, None]  # (K, B, C)
@@ -97,7 +108,7 @@ class LSAChain(nn.Module):
 
     def __init__(
         self,
-        spec: FeatureSpec,
+        dim: int,
         seeds: Sequence[int],
         *,
         state_of: Sequence[int],
@@ -105,7 +116,7 @@ class LSAChain(nn.Module):
         heads: int,
     ) -> None:
         super().__init__()
-        modules, dim = len(state_of), spec.dim
+        modules = len(state_of)
         self.state_of = tuple(state_of)
         self.rank, self.heads, self.dim = rank, heads, dim
         self.norm_weight = nn.Parameter(torch.ones(len(seeds), modules, dim))
@@ -144,27 +155,34 @@ class LSAChain(nn.Module):
         outputs: list[Tensor] = []
         earlier: Tensor | None = None  # (K, BT, j(R+1))
         own = torch.zeros((), device=state.device)  # |sum_i A_i W_i,c^T|^2 so far, (K, BT)
-        for j, i in enumerate(self.state_of):
-            used, before = j * columns, (j - 1) * columns
-            matrix = torch.cat([projected[j], *up_blocks[:j]], dim=1)  # (K, 3R + used, D)
+        for i, run in itertools.groupby(range(len(self.state_of)), self.state_of.__getitem__):
+            modules = list(run)  # those that read state i: one product serves them all
+            matrix = torch.cat(
+                [*(projected[j] for j in modules), *up_blocks[: modules[-1]]], dim=1
+            )  # (K, 3R per module + columns of all earlier ones, D)
             flat = operands[f"state{i}"].reshape(batch * tokens, dim)
-            qkv, overlap = _ConstantProduct.apply(flat, matrix, rank3)  # (K, BT, 3R), (K, BT, used)
-            variance = operands[f"square{i}"].reshape(-1)  # (BT)
-            if earlier is not None:
-                column = gram_columns[j - 1]  # what the newest block adds
-                added = torch.cat([2 * column[:, :before], column[:, before:used]], dim=1)
-                own = own + ((earlier @ added) * outputs[-1]).sum(dim=-1)
-                variance = variance + 2 * (overlap * earlier).sum(dim=-1) + own
-                cross = matrix[:, rank3:] @ projected[j].mT  # (K, used, 3R)
-                qkv = qkv + earlier.to(products) @ cross.to(products)
-            scale = torch.rsqrt(variance.clamp_min(0) / self.dim + LN_EPS)  # (K, BT)
-            qkv = qkv * scale[..., None] + biases[j]
-            attended = self._attend(qkv.unflatten(1, (batch, tokens)), products)
-            branch = nn.functional.pad(attended, (0, 1), value=1.0)  # (K, B, T, R+1)
-            if keep is not None:
-                branch = branch * keep[:, j, :, None, None]
-            outputs.append(branch.flatten(1, 2))
-            earlier = torch.cat(outputs, dim=-1)
+            at = rank3 * len(modules)
+            all_qkv, overlaps = ConstantProduct.apply(flat, matrix, at)  # (K, BT, at), (K, BT, …)
+            squares = operands[f"square{i}"].reshape(-1)  # (BT)
+            for j, qkv in zip(modules, all_qkv.split(rank3, dim=2), strict=True):
+                used, before = j * columns, (j - 1) * columns
+                variance = squares
+                if earlier is not None:
+                    column = gram_columns[j - 1]  # what the newest block adds
+                    added = torch.cat([2 * column[:, :before], column[:, before:used]], dim=1)
+                    own = own + ((earlier @ added) * outputs[-1]).sum(dim=-1)
+                    overlap = overlaps[..., :used]
+                    variance = squares + 2 * (overlap * earlier).sum(dim=-1) + own
+                    cross = matrix[:, at : at + used] @ projected[j].mT  # (K, used, 3R)
+                    qkv = qkv + earlier.to(products) @ cross.to(products)
+                scale = torch.rsqrt(variance.clamp_min(0) / self.dim + LN_EPS)  # (K, BT)
+                qkv = qkv * scale[..., None] + biases[j]
+                attended = self._attend(qkv.unflatten(1, (batch, tokens)), products)
+                branch = nn.functional.pad(attended, (0, 1), value=1.0)  # (K, B, T, R+1)
+                if keep is not None:
+                    branch = branch * keep[:, j, :, None, None]
+                outputs.append(branch.flatten(1, 2))
+                earlier = torch.cat(outputs, dim=-1)
         assert earlier is not None
         return earlier.unflatten(1, (batch, tokens))
 
@@ -183,7 +201,7 @@ class LSAChain(nn.Module):
         return out.transpose(2, 3).flatten(-2).to(qkv.dtype)  # (K, B, T, R)
 
 
-class _ConstantProduct(torch.autograd.Function):
+class ConstantProduct(torch.autograd.Function):
     """A constant (N, D) times K matrices (K, n, D), transposed and cut in two at column `at`.
 
     Gives (K, N, at) and (K, N, n - at) in the constant's precision. One product with K n columns,

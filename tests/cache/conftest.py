@@ -53,6 +53,7 @@ def make_sample(storage: str = "float16", rows: int = 10, rows_per_shard: int = 
         targets=(Target(name="label", classes=("cat", "dog", "eel")),),
         splits=("train", "val"),
         final_norm={"kind": "layer", "eps": 1e-6},
+        blocks=({"kind": "vit", "heads": 3}, {"kind": "conv"}),
         notes={"created_by": "test"},
     )
     random = np.random.default_rng(0)
@@ -63,6 +64,8 @@ def make_sample(storage: str = "float16", rows: int = 10, rows_per_shard: int = 
         "source_sha256": random.integers(0, 256, (rows, 32), dtype=np.uint8),
         "final_norm/weight": random.normal(size=4).astype(np.float32),
         "final_norm/bias": np.zeros(4, np.float32),
+        "ladder/block0/qkv_weight": random.normal(size=(6, 2)).astype(np.float32),
+        "ladder/block11/qkv_weight": random.normal(size=(6, 2)).astype(np.float32),
     }
     values = {
         stack.name: encode(random.normal(size=(rows, 2, *stack.shape)).astype(np.float32), storage)

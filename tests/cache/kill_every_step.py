@@ -44,7 +44,8 @@ def write(location: Path) -> None:
         for rows in writer.pending:
             for row in reversed(rows):
                 arrays = {name: values[row : row + 1] for name, values in VALUES.items()}
-                writer.write(row, arrays, {row: "bad"} if row == 1 else {})
+                errors = {"tokens": (float(row), 4.0, row / 2)}
+                writer.write(row, arrays, {row: "bad"} if row == 1 else {}, errors)
 
 
 def kill_at(step: int) -> None:
@@ -103,7 +104,8 @@ def check(location: Path, step: int) -> None:
         expected[1] = 0
         if not np.array_equal(reader.read(range(ROWS), stack=name), expected):
             raise AssertionError(f"killed at step {step}: {name} differs")
-    if reader.skipped != {1: "bad"} or not verify(location).ok:
+    errors = {"tokens": [(1.0, 8.0, 0.5), (2.0, 4.0, 1.0)]}  # of the two shards
+    if reader.skipped != {1: "bad"} or reader.errors != errors or not verify(location).ok:
         raise AssertionError(f"killed at step {step}: the ledger differs")
 
 

@@ -13,6 +13,7 @@ import pytest
 import zarr
 
 from cache import Reader, Writer, decode, inspect, verify
+from cache.ledger import Record
 from cache.location import open_backend
 
 
@@ -23,7 +24,7 @@ def raw(location: Path, name: str) -> np.ndarray:
         return file[name][...]
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16", "int8"])
 def test_reads_back_what_was_written(location, samples, storage):
     sample = samples(storage)
     sample.write(location)
@@ -37,11 +38,13 @@ def test_reads_back_what_was_written(location, samples, storage):
         np.testing.assert_array_equal(
             reader.read(range(2, 9), taps=slice(1, 3)), sample.values["tokens"][2:9, 0, 1:3]
         )
-        assert decode(reader.read([0]), storage).dtype == np.float32
-        assert reader.read([]).shape == (0, 3, 5, 4)
+        values = decode(reader.read([0]), storage)
+        assert (values.dtype, values.shape) == (np.float32, (1, 3, 5, 4))
+        assert reader.read([]).shape == (0, *sample.manifest.stored_shape("tokens"))
+    assert verify(location).ok
 
 
-@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8"])
 def test_plain_libraries_read_the_same(location, samples, storage):
     sample = samples(storage)
     sample.write(location)
@@ -57,6 +60,29 @@ def test_plain_libraries_read_the_same(location, samples, storage):
         record = open_backend(location).record(shard)
         assert raw(location, "ledger")[shard].tobytes() == record
         assert len(record) == record_bytes
+
+
+def test_int8_decodes_with_two_lines_of_numpy(location, samples):
+    sample = samples("int8")
+    sample.write(location)
+    tokens = raw(location, "stacks/tokens")[7, 0]
+    scale = tokens[..., -4:].copy().view("<f4")
+    values = tokens[..., :-4].astype("float32") * scale
+    np.testing.assert_array_equal(values, decode(sample.values["tokens"][7, 0], "int8"))
+    assert scale.shape == (3, 5, 1)
+
+
+def test_int8_skips_and_resumes(location, samples):
+    sample = samples("int8")
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        writer.write(4, sample.rows(4, 8), {5: "truncated image"})
+    sample.write(location)
+    with Reader(location) as reader:
+        assert not decode(reader.read([5]), "int8").any()
+        np.testing.assert_array_equal(
+            reader.read([9, 6], stack="late", view=1), sample.values["late"][[9, 6], 1]
+        )
+    assert verify(location).ok
 
 
 def test_zarr_needs_no_sidecache_to_check_its_shards(tmp_path, sample):
@@ -83,6 +109,12 @@ def test_metadata_tables_and_splits(location, sample):
         np.testing.assert_array_equal(
             reader.final_norm["weight"], sample.tables["final_norm/weight"]
         )
+        ladder = reader.tables_below("ladder")
+        assert sorted(ladder) == ["block0/qkv_weight", "block11/qkv_weight"]
+        for name, table in ladder.items():
+            np.testing.assert_array_equal(table, sample.tables[f"ladder/{name}"])
+        assert list(reader.tables_below("ladder/block11")) == ["qkv_weight"]
+        assert reader.tables_below("ladd") == reader.tables_below("keys") == {}
         with pytest.raises(KeyError, match=r"no split 'test'.*train, val"):
             reader.split_rows("test")
         with pytest.raises(KeyError, match=r"no target 'age'.*label"):
@@ -139,6 +171,52 @@ def test_skipped_rows_are_zeros_and_in_no_split(location, sample):
         assert not reader.read([1, 3]).any()
         np.testing.assert_array_equal(reader.split_rows(), [0, 2, 4, 5, 6, 7, 8, 9])
         np.testing.assert_array_equal(reader.split_rows("val"), [7])
+    assert verify(location).ok
+
+
+def test_measured_errors_add_up(location, sample):
+    def inspected() -> dict:
+        return inspect(location).error
+
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        for row, number in ((2, 0.25), (0, 0.5), (3, 0.0)):
+            errors = {"tokens": (number, 4.0, number)}
+            writer.write(row, sample.rows(row, row + 1), None, errors)
+        assert inspected() == {}  # the shard is not done
+        writer.write(1, sample.rows(1, 2))
+        assert inspected() == {"tokens": {"relative": 0.25, "worst_token": 0.5}}
+        overflown = {"tokens": (np.inf, np.inf, np.nan), "late": (0.0, 0.0, 0.0)}
+        writer.write(8, sample.rows(8, 10), {}, overflown)
+        writer.write(4, sample.rows(4, 7), {}, {"tokens": (9.0, 4.0, 2.0)})  # is given up
+    late = {"relative": 0.0, "worst_token": 0.0}
+    assert inspected() == {"tokens": {"relative": 0.25, "worst_token": 0.5}, "late": late}
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        writer.write(4, sample.rows(4, 8), {}, {"tokens": (15.25, 52.0, 0.75)})
+    assert inspected() == {"tokens": {"relative": 0.5, "worst_token": 0.75}, "late": late}
+    measured = inspect(location).content
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        writer.forget(range(3))
+        sample.fill(writer)
+    assert inspected() == {}
+    assert inspect(location).content == measured
+    assert verify(location).ok
+
+
+def test_a_layout_without_room_for_errors_goes_without(location, sample, monkeypatch):
+    """Caches laid out by an earlier program have shorter records; here ones without any slack."""
+    names = {stack.name: ["0" * 32] * 4 for stack in sample.manifest.stacks}
+    record = Record(shard=0, rows=(8, 12), digests=names, skipped={})
+    length = len(record.to_bytes(4096).rstrip(b"\0"))
+    monkeypatch.setattr("cache.writer.record_bytes", lambda manifest: length)
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        for rows in writer.pending:
+            arrays = sample.rows(rows.start, rows.stop)
+            writer.write(rows.start, arrays, {}, {"tokens": (0.1, 0.7, 0.3)})
+    # only the last shard's record is short enough: it has two rows, not four
+    expected = pytest.approx({"relative": (0.1 / 0.7) ** 0.5, "worst_token": 0.3})
+    assert inspect(location).error == {"tokens": expected}
+    assert set(map(len, Reader(location).errors.values())) == {1}
+    assert raw(location, "ledger").shape == (3, length)
     assert verify(location).ok
 
 
@@ -273,6 +351,7 @@ def test_inspect_is_json_and_names_what_is_there(location, sample):
     assert document["splits"] == {"train": 8, "val": 2}
     assert document["targets"] == {"label": {"cat": 4, "dog": 3, "eel": 3}}
     assert document["format"] == location.suffix[1:]
+    assert document["error"] == {}
     assert document["stacks"][0]["taps"] == ["z0", "z1", "z2"]
 
 

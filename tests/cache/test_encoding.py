@@ -14,6 +14,12 @@ FLOATS = hnp.arrays(
     hnp.array_shapes(max_dims=4, max_side=4),
     elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
+TOKENS = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=1, max_dims=4, max_side=5),
+    elements=st.floats(width=32, min_value=-(2.0**100), max_value=2.0**100),
+)
+TINY = np.finfo(np.float32).tiny
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -23,7 +29,15 @@ def torch_bits(values: np.ndarray, storage: str) -> np.ndarray:
     return rounded.view(bits).numpy()
 
 
-@pytest.mark.parametrize("storage", sorted(STORAGE))
+def torch_int8(values: np.ndarray) -> np.ndarray:
+    """The definition: D int8 values, then the bytes of their float32 scale."""
+    tokens = torch.from_numpy(np.ascontiguousarray(values))
+    scale = tokens.abs().amax(-1, keepdim=True) / 127
+    q = (tokens / scale.clamp_min(TINY)).round_().to(torch.int8)
+    return torch.cat([q, scale.view(torch.int8)], dim=-1).numpy()
+
+
+@pytest.mark.parametrize("storage", sorted(TORCH))
 @given(values=FLOATS)
 @settings(deadline=None)
 def test_rounds_like_torch_or_refuses(storage, values):
@@ -39,6 +53,52 @@ def test_rounds_like_torch_or_refuses(storage, values):
         with pytest.raises(StorageOverflow) as caught:
             encode(values, storage)
         assert caught.value.index == tuple(np.argwhere(~fits)[0])
+
+
+@given(values=TOKENS)
+@settings(deadline=None)
+def test_int8_is_torchs_and_errs_by_half_a_step(values):
+    stored = encode(values, "int8")
+    assert stored.dtype == np.int8
+    assert stored.shape == (*values.shape[:-1], values.shape[-1] + 4)
+    np.testing.assert_array_equal(stored, torch_int8(values))
+    decoded = decode(stored, "int8")
+    assert (decoded.dtype, decoded.shape) == (np.float32, values.shape)
+    scale = np.abs(values.astype(np.float64)).max(-1, keepdims=True) / 127
+    error = np.abs(decoded.astype(np.float64) - values)
+    # A scale below the smallest normal number cannot be divided by: there the error is the value
+    allowed = np.where(scale >= TINY, scale * (0.5 + 1e-4), 127 * scale)
+    assert (error <= allowed).all()
+
+
+@given(values=FLOATS, zeros=st.booleans())
+@settings(deadline=None)
+def test_int8_holds_any_finite_tokens(values, zeros):
+    values = np.clip(values * (not zeros), -STORAGE["int8"].largest, STORAGE["int8"].largest)
+    decoded = decode(encode(values, "int8"), "int8")
+    assert np.isfinite(decoded).all()
+    assert not decoded[values == 0].any()
+
+
+def test_int8_rounds_ties_to_even():
+    values = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5]], np.float32) / 8
+    stored = encode(values, "int8")
+    np.testing.assert_array_equal(stored[0, :7], [127, 0, 2, 2, 0, -2, -126])
+    assert stored[0, 7:].tobytes() == np.array(1 / 8, "<f4").tobytes()
+
+
+def test_int8_needs_tokens():
+    for values in (np.float32(1), np.zeros((3, 0), np.float32)):
+        with pytest.raises(ValueError, match=r"expected \(…, dim\), received"):
+            encode(values, "int8")
+    for stored in (np.int8(1), np.zeros((3, 4), np.int8)):
+        with pytest.raises(ValueError, match=r"stored as \(…, dim \+ 4\), received"):
+            decode(stored, "int8")
+
+
+def test_int8_has_room_for_no_tokens():
+    assert encode(np.zeros((0, 5), np.float32), "int8").shape == (0, 9)
+    assert decode(np.zeros((0, 9), np.int8), "int8").shape == (0, 5)
 
 
 def test_every_bfloat16_survives():
@@ -66,11 +126,14 @@ def test_refuses_what_is_not_a_number(storage, value):
     assert caught.value.index == (1, 2)
 
 
-@pytest.mark.parametrize(("storage", "beyond"), [("float16", 65520), ("bfloat16", 3.3961776e38)])
+@pytest.mark.parametrize(
+    ("storage", "beyond"),
+    [("float16", 65520), ("bfloat16", 3.3961776e38), ("int8", 3.4028234663852886e38)],
+)
 def test_largest_value_fits_and_the_next_does_not(storage, beyond):
     largest = STORAGE[storage].largest
-    values = np.array([largest, -largest], np.float32)
-    np.testing.assert_array_equal(decode(encode(values, storage), storage), values)
+    values = np.array([[largest], [-largest]], np.float32)
+    np.testing.assert_allclose(decode(encode(values, storage), storage), values, rtol=1e-7)
     with pytest.raises(StorageOverflow, match=f"does not fit {storage}"):
         encode(np.array([beyond], np.float32), storage)
 

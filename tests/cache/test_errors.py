@@ -1,5 +1,6 @@
 """Every refusal, and that its message says what was expected, what came, and what to do."""
 
+import json
 import os
 import shutil
 
@@ -17,6 +18,7 @@ from cache import (
     FormatVersionError,
     IdentityMismatch,
     LocationError,
+    NameMissing,
     NoSpace,
     Reader,
     TapMissing,
@@ -104,6 +106,9 @@ def test_other_stacks_or_tables_are_refused(location, sample):
     fewer = sample.with_manifest(stacks=sample.manifest.stacks[:1])
     with pytest.raises(IdentityMismatch, match="stacks"):
         Writer.open(location, fewer.manifest, fewer.tables)
+    other = sample.with_manifest(blocks=({"kind": "vit", "heads": 6}, {"kind": "conv"}))
+    with pytest.raises(IdentityMismatch, match="blocks"):
+        Writer.open(location, other.manifest, other.tables)
     tables = {**sample.tables, "labels/label": np.zeros(10, np.int64)}
     with pytest.raises(IdentityMismatch, match="tables"):
         Writer.open(location, sample.manifest, tables)
@@ -177,11 +182,29 @@ def test_wrong_arrays_are_refused(location, sample):
             writer.write(12, sample.rows(0, 1))
         with pytest.raises(ValueError, match="expected rows among those written"):
             writer.write(0, sample.rows(0, 1), {3: "no"})
+        with pytest.raises(NameMissing, match=r"no stack 'nope'.*tokens, late"):
+            writer.write(0, sample.rows(0, 2), {}, {"nope": (0.0, 1.0, 0.0)})
+        with pytest.raises(ValueError, match=r"stack 'late': expected three numbers.*\(0.0, 1.0\)"):
+            writer.write(0, sample.rows(0, 2), {}, {"late": (0.0, 1.0)})
         writer.write(0, sample.rows(0, 2))
         with pytest.raises(ValueError, match="row 1 was already written"):
             writer.write(1, sample.rows(1, 3))
     with pytest.raises(ValueError, match="closed"):
         writer.write(0, sample.rows(0, 2))
+
+
+def test_int8_without_its_scales_is_refused(location, samples):
+    sample = samples("int8")
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        bare = {name: values[..., :-4] for name, values in sample.rows(0, 4).items()}
+        with pytest.raises(ValueError, match=r"expected int8 \(4, 2, 3, 5, 8\).*\(4, 2, 3, 5, 4\)"):
+            writer.write(0, bare)
+        sample.fill(writer)
+    with (
+        Reader(location) as reader,
+        pytest.raises(ValueError, match=r"expected int8 \(1, 3, 5, 8\), received int8"),
+    ):
+        reader.read_into([0], np.empty((1, 3, 5, 4), np.int8))
 
 
 def test_wrong_tables_are_refused(location, sample):
@@ -241,8 +264,6 @@ def edit_document(location, change):
         attributes = zarr.open_group(location, mode="r+").attrs
         attributes["sidecache"] = change(attributes["sidecache"])
         return
-    import json
-
     with h5py.File(location, "r+", libver=("earliest", "v110")) as file:
         document = change(json.loads(file["manifest"][()]))
         file["manifest"][()] = json.dumps(document)
@@ -354,6 +375,21 @@ def test_zarr_without_its_metadata(tmp_path, sample):
         Reader(location)
     shutil.rmtree(location / "stacks")
     assert not verify(location).ok
+
+
+def test_int8_in_zarr_may_name_the_order_of_its_single_bytes(tmp_path, samples):
+    """Some tools write an endianness for one-byte numbers too."""
+    sample = samples("int8")
+    location = sample.write(tmp_path / "a.zarr")
+    path = location / "stacks/late/zarr.json"
+    metadata = json.loads(path.read_text())
+    sharding = metadata["codecs"][0]["configuration"]
+    assert sharding["codecs"] == [{"name": "bytes"}]
+    sharding["codecs"] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    path.write_text(json.dumps(metadata))
+    with Reader(location) as reader:
+        read = reader.read([3], stack="late")
+    np.testing.assert_array_equal(read, sample.values["late"][[3], 0])
 
 
 def test_zarr_with_other_codecs_is_refused(tmp_path, sample):

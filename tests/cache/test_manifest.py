@@ -1,6 +1,7 @@
 """The manifest: round trips, identity, layout arithmetic, refusals."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -16,7 +17,7 @@ from cache import (
     Target,
     differences,
 )
-from cache.ledger import Record, record_bytes
+from cache.ledger import Record, add_errors, record_bytes
 from cache.manifest import canonical_json, default_rows_per_shard
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)
@@ -47,7 +48,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     classes = tuple(draw(st.lists(st.text(), max_size=4, unique=True)))
     return Manifest(
         identity=draw(OBJECTS),
-        storage=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
+        storage=draw(st.sampled_from(["float32", "float16", "bfloat16", "int8"])),
         rows=draw(st.integers(1, 10**7)),
         views=draw(st.integers(1, 4)),
         rows_per_shard=draw(st.integers(0, 5000)),
@@ -55,6 +56,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         targets=(Target(name="label", classes=classes),),
         splits=tuple(draw(st.lists(st.text(), max_size=3, unique=True))),
         final_norm=draw(OBJECTS),
+        blocks=tuple(draw(st.lists(OBJECTS, max_size=3))),
         notes=draw(OBJECTS),
     )
 
@@ -75,8 +77,26 @@ def test_shards_cover_every_row_once(manifest):
     assert manifest.nbytes == manifest.rows * manifest.row_nbytes
 
 
-@given(manifests(), st.text(max_size=300))
-def test_the_fullest_record_fits(manifest, reason):
+def test_a_document_without_blocks_has_none(sample):
+    document = sample.manifest.to_dict()
+    assert document.pop("blocks") == [{"kind": "vit", "heads": 3}, {"kind": "conv"}]
+    assert Manifest.from_dict(document) == sample.with_manifest(blocks=()).manifest
+
+
+def test_int8_has_four_bytes_more_per_token():
+    stack = Stack(name="tokens", taps=("z3",), tokens=197, prefix_tokens=1, dim=768)
+    manifest = Manifest(identity={}, storage="int8", rows=10, views=2, stacks=(stack,))
+    assert manifest.stored_shape("tokens") == (1, 197, 772)
+    assert manifest.row_nbytes == 2 * 152_084
+    halves = dataclasses.replace(manifest, storage="float16", rows_per_shard=0)
+    assert halves.stored_shape("tokens") == halves.stack("tokens").shape == (1, 197, 768)
+    assert halves.row_nbytes == 2 * 197 * 768 * 2
+    with pytest.raises(NameMissing, match="it holds tokens"):
+        manifest.stored_shape("late")
+
+
+@given(manifests(), st.text(max_size=300), st.floats(allow_nan=False, allow_infinity=False))
+def test_the_fullest_record_fits(manifest, reason, number):
     manifest = dataclasses.replace(manifest, rows_per_shard=min(manifest.rows_per_shard, 50))
     shard = manifest.shards - 1
     for rows in (manifest.shard_rows(0), manifest.shard_rows(shard)):
@@ -85,11 +105,13 @@ def test_the_fullest_record_fits(manifest, reason):
             rows=(rows.start, rows.stop),
             digests={stack.name: ["f" * 32] * len(rows) for stack in manifest.stacks},
             skipped=dict.fromkeys(rows, reason),
+            error={stack.name: (number, -1.2345678901234567e-308, 1) for stack in manifest.stacks},
         )
         data = record.to_bytes(record_bytes(manifest))
         assert len(data) == record_bytes(manifest)
         again = Record.from_bytes(data)
         assert again.rows == record.rows
+        assert again.error == record.error
         assert all(reason.startswith(kept) for kept in again.skipped.values())
 
 
@@ -103,6 +125,21 @@ def test_every_flipped_bit_of_a_record_is_noticed(sample):
         assert Record.from_bytes(data[:position].ljust(300, b"\0")) is None
     assert Record.from_bytes(bytes(300)) is None
     assert Record.from_bytes(b"") is None
+
+
+def test_a_record_without_room_leaves_the_error_out():
+    """As in a cache that was laid out before there were errors."""
+    record = Record(shard=0, rows=(0, 1), digests={"tokens": ["0" * 32]}, skipped={})
+    measured = dataclasses.replace(record, error={"tokens": (0.5, 8.0, 0.25)})
+    length = len(record.to_bytes(300).rstrip(b"\0"))
+    assert measured.to_bytes(length) == record.to_bytes(length)
+    assert Record.from_bytes(record.to_bytes(300)) == record
+    assert Record.from_bytes(measured.to_bytes(300)) == measured
+
+
+def test_errors_add_up_to_the_same_in_any_order():
+    parts = [(0.1, 1e16, 0.2), (0.2, 1.0, 0.5), (0.3, 1.0, 0.1)]
+    assert {add_errors(order) for order in itertools.permutations(parts)} == {(0.6, 1e16 + 2, 0.5)}
 
 
 def test_fingerprint_is_the_identity_alone(sample):
@@ -146,6 +183,8 @@ def test_tuples_in_the_identity_equal_lists(sample):
         ({"splits": ("a", "a")}, "two splits have the same name"),
         ({"identity": {"x": float("nan")}}, "identity must be nested JSON"),
         ({"identity": {"x": object()}}, "identity must be nested JSON"),
+        ({"blocks": ({"x": object()},)}, r"blocks\[0\] must be nested JSON"),
+        ({"blocks": ({}, "vit")}, r"blocks\[1\] must be a JSON object, received str"),
     ],
 )
 def test_refuses_nonsense(sample, changes, message):
@@ -170,6 +209,8 @@ def test_from_dict_refuses_other_versions_and_damage(sample):
         Manifest.from_dict({**document, "format_version": 2})
     with pytest.raises(CacheDamaged, match="cannot be read"):
         Manifest.from_dict({**document, "colour": "red"})
+    with pytest.raises(CacheDamaged, match="cannot be read"):
+        Manifest.from_dict({**document, "blocks": 12})
     del document["stacks"]
     with pytest.raises(CacheDamaged, match="cannot be read"):
         Manifest.from_dict(document)

@@ -48,13 +48,13 @@ def test_cache_holds_every_tap_of_every_image(cache: Path, images: Path) -> None
         assert reader.manifest.stacks[0].taps == tuple(f"z{i}" for i in range(7))
         norm = reader.final_norm
         for row in (0, 11, 23):
-            taps: dict[int, torch.Tensor] = {}
+            taps: dict[str, torch.Tensor] = {}
             image = transform(source.open(row))[None]
             backbone.read_taps(
-                image, lambda i, x, taps=taps: taps.update({i: x[0]}), precision=torch.float32
+                image, lambda tap, x, taps=taps: taps.update({tap: x[0]}), precision=torch.float32
             )
             stored = torch.from_numpy(reader.read([row])[0])
-            torch.testing.assert_close(stored, torch.stack([taps[i] for i in range(7)]))
+            torch.testing.assert_close(stored, torch.stack([taps[f"z{i}"] for i in range(7)]))
     model: Any = backbone.model
     assert np.array_equal(norm["weight"], model.norm.weight.numpy())
     assert norm["eps"] == model.norm.eps
@@ -220,11 +220,11 @@ def test_a_value_that_does_not_fit_names_tap_and_image(
     real = stage.Backbone.read_taps
 
     def huge(self: Any, batch: torch.Tensor, sink: Any, **keywords: Any) -> None:
-        def scaled(position: int, tokens: torch.Tensor) -> None:
+        def scaled(tap: str, tokens: torch.Tensor) -> None:
             tokens = tokens.clone()
-            if position == 3 and len(tokens) > 2:
+            if tap == "z3" and len(tokens) > 2:
                 tokens[2, 1, 5] = 1e6
-            sink(position, tokens)
+            sink(tap, tokens)
 
         real(self, batch, scaled, **keywords)
 

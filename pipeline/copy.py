@@ -1,0 +1,245 @@
+"""Make a smaller cache from a cache: fewer taps, sums of taps, another storage type, fewer splits.
+
+No backbone is needed. A copy is a cache like any other; its identity says what it was copied from,
+so it never passes for one that came straight from the backbone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache import Manifest, Reader, Stack, Writer, decode_keys, encode_keys
+from pipeline.config import CopyConfig
+from pipeline.errors import SettingError
+from pipeline.side.contract import block_taps
+from pipeline.side.gather import Gather, found_among
+from pipeline.taps import choose_taps, host_buffer, restore, rounding_error, store
+
+_CHUNK_BYTES = 32 * 2**20  # of the source's rows at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copied:
+    """Reported after each run of rows."""
+
+    rows: int
+    total: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyResult:
+    """What `copy` did; `source_bytes` are those of the same rows in the source."""
+
+    rows: int
+    bytes: int
+    source_bytes: int
+    fingerprint: str
+    content: str
+    seconds: float
+    copied_rows: int
+
+
+def copy(config: CopyConfig, report: Callable[[Copied], None] = lambda _: None) -> CopyResult:
+    """Write `config.dst` from `config.src`, or finish a copy that was begun.
+
+    Values are decoded, summed in float32 if sums are asked for, and rounded once. Raises cache
+    errors for either cache, SettingError for taps or sums that the source cannot give.
+    """
+    begin = time.perf_counter()
+    with Reader(config.src) as reader:
+        rows = _rows(reader, config.split)
+        gather = _gather(config, reader)
+        stacks = _stacks(config, reader, gather)
+        manifest = _manifest(config, reader, rows, gather, stacks)
+        tables = _tables(config, reader, rows)
+        with Writer.open(config.dst, manifest, tables, overwrite=config.overwrite) as writer:
+            copied = _run(reader, rows, gather, writer, report)
+        source_bytes = len(rows) * reader.manifest.row_nbytes
+    with Reader(config.dst) as done:
+        return CopyResult(
+            rows=len(rows),
+            bytes=done.manifest.nbytes,
+            source_bytes=source_bytes,
+            fingerprint=done.fingerprint,
+            content=done.content,
+            seconds=time.perf_counter() - begin,
+            copied_rows=copied,
+        )
+
+
+def _run(
+    reader: Reader,
+    rows: np.ndarray,
+    gather: Gather | None,
+    writer: Writer,
+    report: Callable[[Copied], None],
+) -> int:
+    pending = writer.pending
+    total = sum(map(len, pending))
+    most = max(1, _CHUNK_BYTES // reader.manifest.row_nbytes)
+    copied = 0
+    for run in pending:
+        for start in range(run.start, run.stop, most):
+            part = rows[start : min(start + most, run.stop)]
+            skipped = {
+                start + i: reader.skipped[row]
+                for i, row in enumerate(part.tolist())
+                if row in reader.skipped
+            }
+            views = [
+                _convert(reader, part, view, gather, writer.manifest)
+                for view in range(writer.manifest.views)
+            ]
+            arrays = {
+                stack.name: np.stack([arrays[stack.name] for arrays, _ in views], axis=1)
+                for stack in writer.manifest.stacks
+            }
+            errors = {} if skipped else views[0][1]
+            writer.write(start, arrays, skipped, errors)
+            copied += len(part)
+            done = copied * writer.manifest.row_nbytes
+            report(Copied(rows=copied, total=total, bytes=done))
+    return copied
+
+
+def _convert(
+    reader: Reader, rows: np.ndarray, view: int, gather: Gather | None, into: Manifest
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, float, float]]]:
+    """Some rows of one view as the new cache stores them, and what rounding the first one lost."""
+    features: dict[str, Tensor] = {}
+    for stack in reader.manifest.stacks:
+        shape = (len(rows), *reader.manifest.stored_shape(stack.name))
+        buffer = host_buffer(shape, reader.manifest.storage, pinned=False)
+        reader.read_into(rows, buffer.array, stack=stack.name, view=view)
+        tokens = restore(buffer.tensor, stack.dim)
+        features |= zip(stack.taps, tokens.unbind(1), strict=True)
+    if gather:
+        features = gather.add_up(features)
+    arrays, errors = {}, {}
+    for stack in into.stacks:
+        shape = (len(rows), *into.stored_shape(stack.name))
+        buffer = host_buffer(shape, into.storage, pinned=False)
+        lost = torch.zeros(3, dtype=torch.float64)
+        for position, tap in enumerate(stack.taps):
+            part = buffer.tensor[:, position]
+            store(features[tap], part)
+            error = rounding_error(features[tap][:1], part[:1]).double()
+            lost = torch.stack([*(lost + error)[:2], torch.maximum(lost[2], error[2])])
+            _refuse_overflow(tap, features[tap], part, stack, into.storage)
+        arrays[stack.name] = buffer.array
+        if into.storage != "float32":
+            errors[stack.name] = (lost[0].item(), lost[1].item(), lost[2].item())
+    return arrays, errors
+
+
+def _refuse_overflow(tap: str, exact: Tensor, stored: Tensor, stack: Stack, storage: str) -> None:
+    if not restore(stored, stack.dim).isfinite().all():
+        raise SettingError(
+            f"tap {tap}: values from {exact.min():.4g} to {exact.max():.4g} do not fit {storage}; "
+            f"--dtype bfloat16 has the range of float32"
+        )
+
+
+def _rows(reader: Reader, splits: Sequence[str] | None) -> np.ndarray:
+    """Rows of the splits; of the whole cache, skipped rows included, if none is named."""
+    if splits is None:
+        return np.arange(reader.manifest.rows)
+    rows = reader.split_rows(*splits)
+    if len(rows) == 0:
+        raise SettingError(f"split {' + '.join(splits)}: it has no rows")
+    return rows
+
+
+def _gather(config: CopyConfig, reader: Reader) -> Gather | None:
+    if config.gather == "none":
+        return None
+    taps = [tap for stack in reader.manifest.stacks for tap in stack.taps]
+    if found_among(taps):
+        raise SettingError(f"--gather: {config.src} holds sums already ({', '.join(taps)})")
+    if len(reader.manifest.stacks) > 1:
+        raise SettingError(
+            f"--gather {config.gather}: a sum over taps is defined where all have one shape; "
+            f"{config.src} has {len(reader.manifest.stacks)} shapes"
+        )
+    deepest = max(block_taps(taps)) if config.gather_k is None else config.gather_k
+    try:
+        gather = Gather(k=deepest, groups=config.gather_groups, normed=config.gather == "normsum")
+    except ValueError as error:
+        raise SettingError(f"--gather: {error}") from None
+    lacking = [f"z{i}" for i in range(deepest + 1) if f"z{i}" not in taps]
+    if lacking:
+        raise SettingError(
+            f"--gather: the sum z0 … z{deepest} needs {', '.join(lacking)}, which {config.src} "
+            f"lacks; it has {', '.join(taps)}"
+        )
+    return gather
+
+
+def _stacks(config: CopyConfig, reader: Reader, gather: Gather | None) -> tuple[Stack, ...]:
+    stacks = reader.manifest.stacks
+    if gather:
+        return (dataclasses.replace(stacks[0], taps=tuple(gather.sums)),)
+    chosen = choose_taps(config.taps, [tap for stack in stacks for tap in stack.taps])
+    kept = []
+    for stack in stacks:
+        if taps := tuple(tap for tap in stack.taps if tap in chosen):
+            kept.append(dataclasses.replace(stack, taps=taps))
+    return tuple(kept)
+
+
+def _manifest(
+    config: CopyConfig,
+    reader: Reader,
+    rows: np.ndarray,
+    gather: Gather | None,
+    stacks: tuple[Stack, ...],
+) -> Manifest:
+    source = reader.manifest
+    storage = config.dtype or source.storage
+    splits = source.splits if config.split is None else tuple(config.split)
+    identity: dict[str, Any] = {
+        **source.identity,
+        "taps": [tap for stack in stacks for tap in stack.taps],
+        "dtype": storage,
+        "copied": {"fingerprint": reader.fingerprint, "splits": list(splits)},
+    }
+    if gather:
+        identity["gather"] = dataclasses.asdict(gather)
+    return dataclasses.replace(
+        source,
+        identity=identity,
+        storage=storage,
+        rows=len(rows),
+        rows_per_shard=0,
+        stacks=stacks,
+        splits=splits,
+        notes={**source.notes, "copied_from": str(config.src)},
+    )
+
+
+def _tables(config: CopyConfig, reader: Reader, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The source's tables; those with a value a row for the rows that are copied."""
+    names = reader.backend.document["tables"]
+    tables = {name: reader.table(name) for name in names}
+    keys = decode_keys(tables["keys"])
+    per_row = [n for n in names if n in ("split", "source_sha256") or n.startswith("labels/")]
+    tables |= {name: tables[name][rows] for name in per_row}
+    tables["keys"] = encode_keys([keys[row] for row in rows])
+    if config.split is not None:
+        old = reader.manifest.splits
+        renumbered = np.array([_place(name, config.split) for name in old], np.uint8)
+        tables["split"] = renumbered[tables["split"]]
+    return tables
+
+
+def _place(name: str, names: Sequence[str]) -> int:
+    return list(names).index(name) if name in names else 0

@@ -1,0 +1,76 @@
+"""Sums over taps: what MIET's server sends instead of all layers.
+
+    Gather*(x, k) = z_0 + … + z_k                      the paper's [2nd]; k = L by default [ours]
+
+Ours, and marked so wherever they are offered: cutting z_0 … z_k into `groups` runs with one sum
+each (as many times the bytes), and `normed`: each map is normalised, token by token and without
+weights, before it is added, so that no layer drowns the others. A sum is named after its taps:
+`z0..z12`, or `ln(z0..z12)` if normed. Sums are taken in float32, whatever comes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6  # of the normalisation: timm's ViTs use it throughout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather:
+    """Which sums over z0 … zk. Raises ValueError if there are more groups than taps."""
+
+    k: int
+    groups: int = 1
+    normed: bool = False
+
+    KINDS = ("sum", "normsum")
+
+    def __post_init__(self) -> None:
+        if self.k < 0 or not 1 <= self.groups <= self.k + 1:
+            raise ValueError(
+                f"{self.groups} groups of z0 … z{self.k}: expected 1 to {self.k + 1} groups"
+            )
+
+    @property
+    def sums(self) -> dict[str, tuple[str, ...]]:
+        """Name of each sum → the taps that are added up in it; lengths differ by at most one."""
+        shortest, longer = divmod(self.k + 1, self.groups)
+        out: dict[str, tuple[str, ...]] = {}
+        begin = 0
+        for group in range(self.groups):
+            end = begin + shortest + (group < longer)
+            name = f"z{begin}..z{end - 1}"
+            members = tuple(f"z{i}" for i in range(begin, end))
+            out[f"ln({name})" if self.normed else name] = members
+            begin = end
+        return out
+
+    def addend(self, tokens: Tensor) -> Tensor:
+        """What a map (…, T, D) adds to its sum, in float32 or wider."""
+        values = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        if self.normed:
+            return torch.nn.functional.layer_norm(values, values.shape[-1:], eps=EPS)
+        return values
+
+    def add_up(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every sum, each (…, T, D)."""
+        out = {}
+        for name, taps in self.sums.items():
+            total = self.addend(features[taps[0]]).clone()
+            for tap in taps[1:]:
+                total += self.addend(features[tap])
+            out[name] = total
+        return out
+
+
+def found_among(taps: Sequence[str]) -> Gather | None:
+    """The gather whose sums are among the names of `taps`; None if none is a sum."""
+    names = [tap for tap in taps if ".." in tap]
+    if not names:
+        return None
+    last = names[-1].rstrip(")").rpartition("..z")[2]
+    return Gather(k=int(last), groups=len(names), normed=names[0].startswith("ln("))
