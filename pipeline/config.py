@@ -110,6 +110,8 @@ class CopyConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        same = Path(self.src).absolute() == Path(self.dst).absolute()
+        _require(self, not same, "dst", "a new location; src is the same place")
         _check_gather(self)
 
 

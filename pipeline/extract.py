@@ -38,7 +38,7 @@ from pipeline.backbone import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
 from pipeline.device import name_of, pick_device, pick_precision, precision_name
 from pipeline.errors import ImageError, SettingError
-from pipeline.images import Row, Source, source_digests
+from pipeline.images import Source, source_digests
 from pipeline.loader import ImageBatch, image_batches
 from pipeline.prune import ladder_tables
 from pipeline.side.gather import Gather
@@ -481,6 +481,7 @@ def _ladder(
     report: Report,
 ) -> dict[str, np.ndarray]:
     """LST's pruned initial weights: those that the cache has already, or computed now."""
+    assert config.ladder_init is not None
     try:
         with Reader(config.out, allow_incomplete=True) as reader:
             if reader.fingerprint == manifest.fingerprint:
@@ -492,7 +493,7 @@ def _ladder(
 
     def images() -> Iterator[tuple[Tensor, int]]:
         for row in rows:
-            yield transform(source.open(row)).to(backbone.device), row.label
+            yield transform(source.open(row)).to(backbone.device), source.rows[row].label
 
     return ladder_tables(
         backbone.model,
@@ -509,9 +510,9 @@ def _ladder(
     )
 
 
-def _fisher_rows(config: ExtractConfig, source: Source) -> list[Row]:
-    """Labelled training images, drawn at random from --seed."""
-    labelled = [row for row in source.rows if row.split == "train" and row.label >= 0]
+def _fisher_rows(config: ExtractConfig, source: Source) -> list[int]:
+    """Numbers of labelled training images, drawn at random from --seed."""
+    labelled = [i for i, row in enumerate(source.rows) if row.split == "train" and row.label >= 0]
     if not labelled:
         raise SettingError(
             f"--ladder-init fisher: expected labelled images in a split called train, found none "

@@ -17,7 +17,6 @@ from pipeline.config import ExtractConfig, Member, TrainConfig
 from pipeline.extract import extract
 from pipeline.side import FeatureSpec, TokenShape
 
-
 VIT_BLOCK: dict[str, Any] = {  # a plain pre-norm block, as `pipeline.blocks` describes it
     "kind": "vit", "dim": 768, "heads": 12, "head_dim": 64, "qkv_bias": True, "proj_bias": True,
     "ff": "mlp", "hidden": 3072, "act": "gelu", "fc1_bias": True, "fc2_bias": True,

@@ -65,6 +65,33 @@ def test_the_whole_way(images: Path, tmp_path: Path) -> None:
     assert "already finished, nothing to do" in again.stdout
 
 
+def test_the_edges_way(images: Path, tmp_path: Path) -> None:
+    """Server: extract with LST's start, copy the int8 sum. Device: train MIET on it; and LST."""
+    full, small = tmp_path / "full.zarr", tmp_path / "sums.h5"
+    run_json("extract", images, *SMALL, "--out", full, "--ladder-init", "magnitude",
+             "--reduction", 4)  # fmt: skip
+    copied = run_json("copy", full, small, "--gather", "sum", "--dtype", "int8")
+    assert {"rows", "bytes", "fingerprint", "content", "seconds"} <= copied.keys()
+    assert copied["bytes"] * 10 < copied["source_bytes"]
+    assert "already complete" in run("copy", full, small, "--gather", "sum",
+                                     "--dtype", "int8").stdout  # fmt: skip
+    text = run("inspect", small).stdout
+    assert "z0..z6" in text and "rounding error" in text and "of int8" in text
+    quick = ["--epochs", 2, "--warmup-epochs", 0, "--device", "cpu"]
+    for cache, flags in (
+        (small, ["--method", "mist", "--modules", "2,3"]),
+        (full, ["--method", "lst", "--reduction", 4, "--init", "random,pruned"]),
+        (full, ["--method", "miet", "--gather", "normsum", "--groups", 2]),
+        (full, ["--method", "attentive,linear", "--taps", "last:2"]),
+    ):
+        out = tmp_path / f"run{len(flags)}{cache.stem}{flags[1]}"
+        trained = run_json("train", cache, *flags, *quick, "--out", out)
+        assert all(member["val_top1"] is not None for member in trained["members"])
+        assert run_json("evaluate", out, "--device", "cpu")["n"] == 6
+    refused = run("train", small, "--method", "last", "--out", tmp_path / "no")
+    assert refused.exit_code == 1 and "miet alone reads" in refused.stderr
+
+
 def test_progress_goes_to_stderr_and_results_to_stdout(images: Path, tmp_path: Path) -> None:
     result = run("extract", images, *SMALL, "--out", tmp_path / "c.h5")
     assert result.stdout.startswith(f"{tmp_path / 'c.h5'}: 24 rows")
@@ -118,6 +145,37 @@ def test_damage_is_named(images: Path, tmp_path: Path) -> None:
         (["extract", "{images}", *SMALL[:-1], "tpu", "--out", "{tmp}/c.zarr"], 1, "'tpu' is not"),
         (["extract", "{images}", *SMALL, "--img-size", "x", "--out", "{tmp}/c.h5"], 2, "one side"),
         (["inspect", "{tmp}/none.zarr"], 1, "none.zarr"),
+        (["copy", "{tmp}/none.zarr", "{tmp}/c.zarr"], 1, "none.zarr"),
+        (["copy", "{cache}", "{tmp}/c.zarr", "--taps", "9"], 1, "no tap z9"),
+        (["copy", "{cache}", "{tmp}/c.zarr", "--gather-k", "3"], 1, "gather_k = 3: expected none"),
+        (["copy", "{cache}", "{cache}"], 1, "the same place"),
+        (
+            [
+                "train",
+                "{cache}",
+                "--method",
+                "lst",
+                "--init",
+                "pruned",
+                "--reduction",
+                "4",
+                "--out",
+                "{tmp}/r",
+            ],
+            1,
+            "--ladder-init",
+        ),
+        (
+            ["train", "{cache}", "--method", "lst", "--reduction", "5", "--out", "{tmp}/r"],
+            1,
+            "expected a divisor of the width",
+        ),
+        (["train", "{cache}", "--method", "last", "--taps", "0,2,9", "--out", "{tmp}/r"], 1, "z9"),
+        (
+            ["train", "{cache}", "--method", "last", "--taps", "0,2,4", "--out", "{tmp}/r"],
+            1,
+            "z1, z3 are lacking",
+        ),
         (["train", "{tmp}/none.h5", "--method", "last", "--out", "{tmp}/r"], 1, "none.h5"),
         (
             ["train", "{cache}", "--method", "lasso", "--out", "{tmp}/r"],

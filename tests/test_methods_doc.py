@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import VIT_BLOCK
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.config import Member
+from pipeline.members import make_members
 from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
+from pipeline.side.ladder import LSTSettings
+from pipeline.side.last import LASTSettings
+from pipeline.side.miet import MIETSettings
 
 TEXT = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
-BATCH = 2  # operations and activations are per image, and must not depend on it
 MAP = 197 * 768  # values of one tap
 
 
@@ -31,11 +35,17 @@ def vit_b(classes: int = 10) -> FeatureSpec:
     )  # fmt: skip
 
 
-def costs(network: SideNetwork) -> tuple[float, float, float]:
-    """Forward operations, operations of a training step, bytes kept for backward; per image."""
+def costs(network: SideNetwork) -> list[float]:
+    """Forward operations, operations of a training step, bytes kept for backward, for each image
+    more: what a batch costs once, however large, is left out."""
+    four, two = costs_of_batch(network, 4), costs_of_batch(network, 2)
+    return [(a - b) / 2 for a, b in zip(four, two, strict=True)]
+
+
+def costs_of_batch(network: SideNetwork, rows: int) -> tuple[int, int, int]:
     generator = torch.Generator().manual_seed(0)
     features = {
-        tap: torch.randn(BATCH, 197, 768, generator=generator).half()
+        tap: torch.randn(rows, 197, 768, generator=generator).half()
         for tap in network.sources(tuple(network.spec.taps))
     }
     operands = network.operands(features, torch.bfloat16)
@@ -56,7 +66,7 @@ def costs(network: SideNetwork) -> tuple[float, float, float]:
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     both = forward.get_total_flops() + backward.get_total_flops()
-    return forward.get_total_flops() / BATCH, both / BATCH, sum(kept.values()) / BATCH
+    return forward.get_total_flops(), both, sum(kept.values())
 
 
 def row_of(method: str) -> list[str]:
@@ -82,16 +92,58 @@ def test_cost_table(method: str) -> None:
     ]
 
 
-def numbers() -> dict[str, Any]:
-    """Phrases of the text and what they must say."""
+def backbone_gflop() -> float:
+    """The forward pass of ViT-B/16 on one image."""
+    model = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 224, 224))
+    return counter.get_total_flops() / 1e9
+
+
+def numbers() -> dict[str, str]:
+    """Phrases of the text, and the number that must follow each."""
     return {
-        "one map in float16": f"{MAP * 2:,}",
-        "one map in int8": f"{197 * (768 + 4):,}",
-        "all 13 maps in float16": f"{13 * MAP * 2:,}",
-        "raw pixels": f"{224 * 224 * 3:,}",
+        "One map in float16": f"{MAP * 2:,}",
+        "One map in int8": f"{197 * (768 + 4):,}",
+        "All 13 maps in float16": f"{13 * MAP * 2:,}",
+        "The raw pixels, 224 x 224 x 3 bytes": f"{224 * 224 * 3:,}",
+        "own forward pass is": f"{backbone_gflop():.0f} GFLOP",
     }
 
 
 @pytest.mark.parametrize("phrase", numbers())
-def test_bytes(phrase: str) -> None:
-    assert re.search(rf"{phrase}[^0-9]*{numbers()[phrase]}\b", TEXT), numbers()[phrase]
+def test_phrases(phrase: str) -> None:
+    text = " ".join(TEXT.split())
+    assert re.search(rf"{re.escape(phrase)}:? {numbers()[phrase]}(?![,0-9])", text), numbers()
+
+
+DEFAULTS = {  # words that begin a row of a method's table → what its default must read
+    "gap g": str(LASTSettings().gap),
+    "rank R": str(LASTSettings().rank),
+    "modules per group S": str(LASTSettings().depth),
+    "attention heads": str(LASTSettings().heads),
+    "pool before the head": LASTSettings().pool,
+    "Gather*, k": "L" if MIETSettings().k is None else "?",
+    "LAE: modules, rank, heads": f"{MIETSettings().modules}, {MIETSettings().rank}, "
+    f"{MIETSettings().heads}",
+    "reduction r": str(LSTSettings().reduction),
+    "layer dropping": LSTSettings().keep_layers,
+    "gate temperature": str(LSTSettings().temperature),
+    "initialisation": LSTSettings().init,
+    "drop-path": f"{Member(method='last').drop_path:g}",
+}
+
+
+@pytest.mark.parametrize("words", DEFAULTS)
+def test_defaults(words: str) -> None:
+    rows = re.findall(rf"^\| {re.escape(words)} \|.*$", TEXT, re.MULTILINE)
+    assert rows
+    for row in rows:
+        assert re.split(r"(?<!\\)\|", row)[3].strip() == DEFAULTS[words], row
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes(method: str) -> None:
+    (member,) = make_members([method], {})
+    (rate, epochs) = re.findall(rf"^\| {method} \| (\S+) \| (.*) \|$", TEXT, re.MULTILINE)[0]
+    assert (float(rate), epochs) == (member.lr, f"{member.epochs} ({member.warmup_epochs})")

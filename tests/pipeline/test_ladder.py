@@ -56,11 +56,10 @@ def swin(dim: int, grid: tuple[int, int], shift: int, window: int = 3) -> dict[s
 
 
 def convnext(dim: int, grid: tuple[int, int]) -> dict[str, Any]:
-    return {
-        **vit(dim, 1, kind="convnext", grid=list(grid), layer_scale=True, hidden=4 * dim),
-        "kernel": 3,
-        "conv_bias": True,
-    }
+    block = vit(dim, 1, kind="convnext", grid=list(grid), layer_scale=True)
+    for name in ("heads", "head_dim", "qk_norm", "qkv_bias", "proj_bias"):
+        del block[name]
+    return {**block, "kernel": 3, "conv_bias": True}
 
 
 def make_spec(blocks: list[dict[str, Any]], prefix_tokens: int = 1, **changes: Any) -> FeatureSpec:
@@ -296,7 +295,7 @@ def test_convnext_block_is_timms(changes: dict[str, Any]) -> None:
                 value = weights[renamed.get(name, name.removeprefix("mlp."))]
                 parameter.copy_(value.reshape(parameter.shape))
         maps = x[member].unflatten(1, (4, 5)).permute(0, 3, 1, 2)  # (B, D, H, W)
-        expected = block(maps).flatten(2).mT
+        expected = block(maps).flatten(2).mT  # (B, T, D)
         torch.testing.assert_close(ours[member], expected, rtol=1e-10, atol=1e-10)
 
 
@@ -453,7 +452,7 @@ def test_what_a_cache_may_lack() -> None:
     with pytest.raises(ValueError, match="no class token"):
         LST(make_spec([vit()] * 4, prefix_tokens=0), LSTSettings(pool="cls"), [0])
     blocks = [*spec.blocks[:3], {"kind": "unknown", "type": "EvaBlock", "reason": "rope"}]
-    with pytest.raises(ValueError, match=r"block 3 of this backbone is a EvaBlock.*\(rope\)"):
+    with pytest.raises(ValueError, match=r"block 3 of this backbone is of type EvaBlock.*\(rope\)"):
         LST(dataclasses.replace(spec, blocks=tuple(blocks)), LSTSettings(), [0])
     with pytest.raises(ValueError, match="expected a plain ViT; this backbone is hierarchical"):
         LST(make_spec(HIERARCHIES["swin"]), LSTSettings(reduction=4, init="pruned"), [0])
