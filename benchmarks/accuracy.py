@@ -1,8 +1,9 @@
 """Test accuracy of every method on real image sets, through the command line.
 
-For every set and system: a small grid of members is trained in one pass with the first seed; the
+For every set and method: a small grid of members is trained in one pass with the first seed; the
 validation split chooses; the winner is trained with the other seeds; each of these members reads
-the test split once. What each command answered is kept below --work, so that a run that was
+the test split once. Variants of a method (LST's starts, MIET's storage types) take the settings that
+were chosen for its first. What each command answered is kept below --work, so that a run that was
 stopped goes on where it was, and no test split is read twice. One JSON line per set.
 """
 
@@ -22,7 +23,6 @@ from typing import Any
 from measure import print_line
 
 SETS = "sign_digits coil40_azimuth brain_mri cifar10 pacs_sketch"
-SIDECACHE = str(Path(sys.executable).with_name("sidecache"))
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class System:
     cache: str
     grid: dict[str, str]
     fixed: dict[str, str] = field(default_factory=dict)
+    like: str | None = None  # take the settings chosen for that system
 
 
 SIDE_LR = "2e-3,5e-3"
@@ -40,12 +41,12 @@ SYSTEMS = {
     "linear": System("linear", "full", {"lr": "3e-3,1e-2,3e-2", "pool": "cls,mean"}),
     "attentive": System("attentive", "full", {"lr": "5e-4,2e-3"}),
     "lst_random": System("lst", "full", {"lr": SIDE_LR}, {"init": "random"}),
-    "lst_magnitude": System("lst", "magnitude", {"lr": SIDE_LR}, {"init": "pruned"}),
-    "lst_fisher": System("lst", "full", {"lr": SIDE_LR}, {"init": "pruned"}),
+    "lst_magnitude": System("lst", "magnitude", {}, {"init": "pruned"}, like="lst_random"),
+    "lst_fisher": System("lst", "full", {}, {"init": "pruned"}, like="lst_random"),
     "miet_float32": System("miet", "sum_float32", {"lr": SIDE_LR}),
-    "miet_float16": System("miet", "sum_float16", {"lr": SIDE_LR}),
-    "miet_int8": System("miet", "sum_int8", {"lr": SIDE_LR}),
-    "miet_groups3": System("miet", "full", {"lr": SIDE_LR}, {"groups": "3", "modules": "6"}),
+    "miet_float16": System("miet", "sum_float16", {}, like="miet_float32"),
+    "miet_int8": System("miet", "sum_int8", {}, like="miet_float32"),
+    "miet_3_sums": System("miet", "full", {}, {"groups": "3", "modules": "6"}, like="miet_float32"),
     "last": System("last", "full", {"lr": SIDE_LR}),
 }
 CACHES = {  # how each is made: flags of extract, or the cache it is copied from and flags of copy
@@ -68,6 +69,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", help="of every side network  [default: the method's recipe]")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--sidecache", default=str(Path(sys.executable).with_name("sidecache")), help="the command"
+    )
     parser.add_argument("--keep-caches", action="store_true", help="do not delete them at the end")
     options = parser.parse_args()
     for name in options.sets:
@@ -75,11 +79,11 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, name: str) -> None:
-    stages = Stages(options.work / name, options.device)
+    stages = Stages(options.work / name, options)
     results = {}
     for system in options.systems:
         cache = make_cache(stages, SYSTEMS[system].cache, name, options)
-        results[system] = one_system(stages, system, cache, options)
+        results[system] = one_system(stages, system, cache, options, results)
         top1, deviation = results[system]["top1"], results[system]["deviation"] or 0.0
         print(f"{name} {system}: {top1:.1%} ± {deviation:.1%}", file=sys.stderr)
     baseline = results.get("linear")
@@ -115,7 +119,11 @@ def make_cache(stages: Stages, kind: str, name: str, options: argparse.Namespace
 
 
 def one_system(
-    stages: Stages, name: str, cache: str, options: argparse.Namespace
+    stages: Stages,
+    name: str,
+    cache: str,
+    options: argparse.Namespace,
+    results: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Choose on validation with the first seed, train with all, measure each on the test split."""
     system = SYSTEMS[name]
@@ -124,11 +132,10 @@ def one_system(
     if options.epochs and system.method != "linear":
         train += ["--epochs", options.epochs]
     grid, rest = (str(stages.folder / f"{name}_{part}") for part in ("grid", "seeds"))
-    tried = stages.run(
-        f"{name}_grid", [*train, *flags_of(system.grid), "--seed", first, "--out", grid]
-    )
+    axes = results[system.like]["chosen"] if system.like else system.grid
+    tried = stages.run(f"{name}_grid", [*train, *flags_of(axes), "--seed", first, "--out", grid])
     best = max(tried["members"], key=lambda m: (m["val_top1"], -m["val_loss"]))
-    chosen = {axis: str(best["settings"][axis]) for axis in system.grid}
+    chosen = {axis: str(best["settings"][axis]) for axis in axes}
     members = [(grid, best["id"])]
     if others:
         seeds = ["--seed", ",".join(others), "--out", rest]
@@ -158,8 +165,8 @@ def flags_of(settings: dict[str, str]) -> list[str]:
 class Stages:
     """Commands of one set, each run once: its JSON and its seconds are kept beside its output."""
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.folder, self.device, self.sidecache = folder, options.device, options.sidecache
         self.seconds: dict[str, float] = {}
         (folder / "stages").mkdir(parents=True, exist_ok=True)
 
@@ -177,7 +184,7 @@ class Stages:
         else:
             print(f"{self.folder.name}: {stage}", file=sys.stderr)
             begin = time.perf_counter()
-            answer = subprocess.run([SIDECACHE, *command], check=True, stdout=subprocess.PIPE)
+            answer = subprocess.run([self.sidecache, *command], check=True, stdout=subprocess.PIPE)
             seconds = time.perf_counter() - begin
             kept = {"command": command, "seconds": seconds, "result": json.loads(answer.stdout)}
             partial = record.with_suffix(".partial")

@@ -10,7 +10,7 @@ From the paper's code, `pruning_v2` with `fisher-v2` [code], on T5:
 The walk goes through every layer, also those that a ladder drops. Each matrix chooses its own
 rows: the channels of the residual stream are not kept in line ("without residual"). Rows of q, k, v
 are chosen over all heads at once, in ascending order, and the side block cuts them into heads anew
-(the code's v3 and v4, which keep whole heads, are not what its experiments run). Importance is the
+(the code also has v3 and v4, which keep whole heads; its scripts run v2). Importance is the
 weight itself (`magnitude`), or the empirical Fisher information: squared gradients of the loss,
 summed over training images one at a time (`fisher`). Ladders, gates and Up are not pruned.
 

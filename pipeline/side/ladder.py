@@ -16,9 +16,8 @@ block, a dropped layer loses its ladder, gate and block together); SideBlock as 
 block at 1/r of the width, of the feed-forward width and of each head's width, with as many heads;
 biased Down and Up; the side norm; initial weights by pruning (`pipeline/prune.py`); layers numbered
 from 0. [ours]: pool, frozen norm and trained head (T5 goes on to its own language head); pool
-before Up, which is exact; random starts at 1 / sqrt(inputs) throughout, as T5's own blocks have
-(T5's ladders start at 0.01, beside states a hundred times as large as a ViT's); layer scale starts
-at 1; no dropout (the drop-path of `keep` instead).
+before Up, which is exact; random weights start at 1 / sqrt(inputs) throughout, as in T5's own
+blocks (its Down and Up start at 0.01); layer scale starts at 1; no dropout, but drop-path.
 
 Hierarchical backbones, all [ours]: where grid and width change, f x f patches of s are laid side by
 side and mapped to the new width, f being the ratio of the grids (Swin's merging without its norm;
@@ -107,18 +106,16 @@ def keep_layers(text: str, blocks: int) -> tuple[int, ...]:
         raise ValueError(f"keep_layers = {text!r}: expected {KEEP_LAYERS}")
     kind, _, number = text.partition(":")
     if kind == "every":
-        return tuple(range(blocks))[:: -int(number)][::-1]
-    wanted = range(blocks)
-    if kind == "last":
-        wanted = range(blocks - int(number), blocks)
-    elif kind != "all":
+        chosen = list(range(blocks - 1, -1, -int(number)))[::-1]
+    elif kind == "last":
+        chosen = list(range(blocks - int(number), blocks))
+    elif kind == "all":
+        chosen = list(range(blocks))
+    else:
         chosen = sorted({int(part) for part in text.split(",")})
-        if chosen[-1] < blocks:
-            return tuple(chosen)
-        wanted = range(-1, 0)
-    if wanted[0] < 0:
+    if chosen[0] < 0 or chosen[-1] >= blocks:
         raise ValueError(f"keep_layers = {text!r}: the backbone has layers 0 to {blocks - 1}")
-    return tuple(wanted)
+    return tuple(chosen)
 
 
 class Linear(nn.Module):
@@ -255,8 +252,9 @@ class ViTBlock(SideBlock):
         if added is not None:
             out = torch.softmax(q @ k.mT + added, dim=-1).to(products) @ v
         elif q.is_cuda:
-            flat = (part.flatten(0, 1) for part in (q, k, v))  # (K N, H, T, e): fused kernels
-            out = functional.scaled_dot_product_attention(*flat, scale=1.0).view_as(q)
+            q, k, v = (part.flatten(0, 1) for part in (q, k, v))  # (K N, H, T, e): fused kernels
+            out = functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+            out = out.unflatten(0, x.shape[:2])  # (K, N, H, T, e)
         else:
             flat = (part.flatten(0, 2) for part in (q, k, v))  # each (K N H, T, e)
             out = LeanAttention.apply(*flat).view_as(q)
@@ -533,10 +531,10 @@ def _check_blocks(path: Sequence[Block], layers: Sequence[int], settings: LSTSet
     """Refuse what a ladder cannot be built on. `path` is block 0, then the kept ones."""
     for layer, block in zip([0, *layers], path, strict=True):
         if block["kind"] not in KINDS:
+            kind, reason = block.get("type", block["kind"]), block.get("reason", "unknown")
             raise ValueError(
-                f"lst: block {layer} of this backbone is of type {block.get('type', block['kind'])}, "
-                f"of which no side block can be made ({block.get('reason', 'unknown')}); last, miet, "
-                f"attentive and linear need no blocks"
+                f"lst: block {layer} of this backbone is of type {kind}, of which no side block "
+                f"can be made ({reason}); last, miet, attentive and linear need no blocks"
             )
         if settings.init == "pruned" and block["kind"] != "vit":
             raise ValueError("init = 'pruned': expected a plain ViT; this backbone is hierarchical")

@@ -21,6 +21,7 @@ from pipeline.side import FeatureSpec, TokenShape
 from pipeline.side.ladder import (
     KINDS,
     LST,
+    LeanAttention,
     LSTSettings,
     SideBlock,
     attention_count,
@@ -244,6 +245,19 @@ def test_vit_block_is_timms(changes: dict[str, Any]) -> None:
         for name, values in matrices(block).items():
             assert torch.equal(values, weights[name]), name
         torch.testing.assert_close(ours[member], block(x[member]), rtol=1e-10, atol=1e-10)
+
+
+def test_lean_attention_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in several parts, the last one smaller."""
+    monkeypatch.setattr(LeanAttention, "SCORES", 2 * 7**2)
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, target = torch.randn(4, 5, 7, 3, generator=generator, dtype=torch.float64)
+    inputs = [part.requires_grad_() for part in (q, k, v)]
+    ours, plain = LeanAttention.apply(*inputs), (q @ k.mT).softmax(dim=-1) @ v
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(ours, inputs, target)
+    expected = torch.autograd.grad(plain, inputs, target)
+    torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=1e-12)
 
 
 def timms(name: str, weights: Parameters) -> Tensor:
