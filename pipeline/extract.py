@@ -455,7 +455,7 @@ def _manifest(
         identity["ladder"] = {
             "init": config.ladder_init,
             "reduction": config.reduction,
-            "layers": keep_layers(config.keep_layers, backbone.blocks),
+            "layers": _layers(config, backbone),
             "samples": config.fisher_samples if config.ladder_init == "fisher" else 0,
             "seed": config.seed,
         }
@@ -495,19 +495,29 @@ def _ladder(
         for row in rows:
             yield transform(source.open(row)).to(backbone.device), source.rows[row].label
 
-    return ladder_tables(
-        backbone.model,
-        how=config.ladder_init,
-        reduction=config.reduction,
-        layers=keep_layers(config.keep_layers, backbone.blocks),
-        images=images,
-        classes=len(source.classes),
-        pool="cls" if backbone.prefix_tokens else "mean",
-        prefix_tokens=backbone.prefix_tokens,
-        device=backbone.device,
-        seed=config.seed,
-        report=lambda done, total: report(Weighed(done=done, total=total)),
-    )
+    try:
+        return ladder_tables(
+            backbone.model,
+            how=config.ladder_init,
+            reduction=config.reduction,
+            layers=_layers(config, backbone),
+            images=images,
+            classes=len(source.classes),
+            pool="cls" if backbone.prefix_tokens else "mean",
+            prefix_tokens=backbone.prefix_tokens,
+            device=backbone.device,
+            seed=config.seed,
+            report=lambda done, total: report(Weighed(done=done, total=total)),
+        )
+    except ValueError as error:
+        raise SettingError(f"--ladder-init: {error}") from error
+
+
+def _layers(config: ExtractConfig, backbone: Backbone) -> tuple[int, ...]:
+    try:
+        return keep_layers(config.keep_layers, backbone.blocks)
+    except ValueError as error:
+        raise SettingError(f"--keep-layers: {error}") from None
 
 
 def _fisher_rows(config: ExtractConfig, source: Source) -> list[int]:

@@ -194,7 +194,8 @@ class LSAChain(nn.Module):
             for part in qkv.chunk(3, dim=-1)
         )  # each (K, B, H, T, R/H)
         if q.is_cuda:
-            out = nn.functional.scaled_dot_product_attention(q, k, v)
+            flat = (part.flatten(0, 1) for part in (q, k, v))  # its fast kernels want four axes
+            out = nn.functional.scaled_dot_product_attention(*flat).unflatten(0, q.shape[:2])
         else:
             scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (K, B, H, T, T)
             out = torch.softmax(scores, dim=-1) @ v

@@ -9,6 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from ladder_counts import (
+    attention_count,
+    block_count,
+    ladder_count,
+    linear_count,
+    norm_count,
+    parameter_count,
+)
 from timm.layers import LayerNorm, QuickGELU, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import SwinTransformerBlock
@@ -18,20 +26,8 @@ from torch.nn import functional
 
 from pipeline.blocks import describe, matrices
 from pipeline.side import FeatureSpec, TokenShape
-from pipeline.side.ladder import (
-    KINDS,
-    LST,
-    LeanAttention,
-    LSTSettings,
-    SideBlock,
-    attention_count,
-    block_count,
-    keep_layers,
-    ladder_count,
-    linear_count,
-    norm_count,
-    parameter_count,
-)
+from pipeline.side.ladder import LST, LSTSettings, keep_layers
+from pipeline.side.ladder_blocks import KINDS, LeanAttention, SideBlock
 
 LAYER = {"kind": "layer", "eps": 1e-6, "bias": True}
 RMS = {"kind": "rms", "eps": 1e-6, "bias": False}
