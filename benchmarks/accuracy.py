@@ -3,8 +3,8 @@
 For every set and method: a small grid of members is trained in one pass with the first seed; the
 validation split chooses; the winner is trained with the other seeds; each of these members reads
 the test split once. Variants of a method (LST's starts, MIET's storage types) take the settings
-that were chosen for its first. What each command answered is kept below --work, so that a run that was
-stopped goes on where it was, and no test split is read twice. One JSON line per set.
+that were chosen for its first. What each command answered is kept below --work, so that a run that
+was stopped goes on where it was, and no test split is read twice. One JSON line per set.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from PIL import Image
 from cache import CacheIncomplete, IdentityMismatch, Reader, StorageOverflow, decode, verify
 from pipeline import extract as stage
 from pipeline.backbone import load_backbone
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, SettingError
 from pipeline.extract import Skipped, extract
 from pipeline.sources import open_source
 
@@ -232,3 +232,54 @@ def test_a_value_that_does_not_fit_names_tap_and_image(
     with pytest.raises(StorageOverflow, match=r"tap z3 of .*blue/2\.png.*float16.*bfloat16"):
         extract(extract_config(images, tmp_path / "c.zarr", dtype="float16"))
     extract(extract_config(images, tmp_path / "d.zarr", dtype="bfloat16"))
+
+
+def ladder(path: Path) -> dict[str, np.ndarray]:
+    with Reader(path) as reader:
+        return reader.tables_below("ladder")
+
+
+@pytest.mark.parametrize("how", ["magnitude", "fisher"])
+def test_pruned_weights_are_kept_and_not_computed_again(
+    images: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are part of the cache's identity; a continued extraction takes those that are there."""
+    out = tmp_path / "c.zarr"
+    config = extract_config(images, out, ladder_init=how, reduction=4, fisher_samples=5)
+    records: list[object] = []
+    extract(config, records.append)
+    weighed = [record for record in records if isinstance(record, stage.Weighed)]
+    assert [(w.done, w.total) for w in weighed] == (
+        [(i, 5) for i in range(1, 6)] if how == "fisher" else []
+    )
+    tables = ladder(out)
+    assert {name.partition("/")[0] for name in tables} >= {"block0", "block5"}
+    monkeypatch.setattr(stage, "ladder_tables", None)
+    assert extract(config).extracted_rows == 0
+    monkeypatch.undo()
+    extract(extract_config(images, tmp_path / "d.zarr", ladder_init=how, reduction=4,
+                           fisher_samples=5))  # fmt: skip
+    assert all(np.array_equal(tables[name], other) for name, other in
+               ladder(tmp_path / "d.zarr").items())  # fmt: skip
+    for change in ({"reduction": 2}, {"ladder_init": None}):
+        with pytest.raises(IdentityMismatch, match="ladder"):
+            extract(dataclasses.replace(config, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reduction": 7}, "--ladder-init: reduction = 7: expected a divisor of the width"),
+        ({"keep_layers": "0,9"}, "--keep-layers: .* the backbone has layers 0 to 5"),
+        ({"model": "test_convnext"}, "--ladder-init: .*expected a plain ViT, came ConvNeXt"),
+        ({"ladder_init": "fisher", "split": ("test",)}, "expected labelled images in a split"),
+    ],
+)
+def test_impossible_pruning(
+    images: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        extract(
+            extract_config(images, tmp_path / "c.zarr", **{"ladder_init": "magnitude", **changes})
+        )
+    assert not (tmp_path / "c.zarr").exists()
