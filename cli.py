@@ -475,7 +475,9 @@ def copy(as_json: bool, **values: Any) -> None:
 @click.option("--gather", type=CommaList(str), help="miet: sum or normsum.")
 @click.option("--groups", type=CommaList(int), help="miet: number of sums.")
 @click.option("--reduction", type=CommaList(int), help="lst: r.")
-@click.option("--keep-layers", type=Words(), help="lst: all, every:2, last:3 or 1,2,3; several: spaces.")
+@click.option(
+    "--keep-layers", type=Words(), help="lst: all, every:2, last:3 or 1,2,3; several: spaces."
+)
 @click.option("--init", type=CommaList(str), help="lst: random or pruned.")
 @click.option("--mlp-ratio", type=CommaList(float), help="attentive: of the feed-forward block.")
 @click.option("--tap", type=CommaList(int), help="linear: the deepest tap it reads.")

@@ -70,7 +70,11 @@ def main() -> None:
             pixels=pixels,
             jpeg=round(np.mean([path.stat().st_size for path in files])) if files else None,
             jpeg_side=float(np.mean([Image.open(path).width for path in files])) if files else None,
-            sizes={"model": options.model, "rows": rows, "images": images.name if options.images else "made up"},
+            sizes={
+                "model": options.model,
+                "rows": rows,
+                "images": images.name if options.images else "made up",
+            },
         )
 
 

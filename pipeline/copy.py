@@ -19,9 +19,8 @@ from torch import Tensor
 from cache import Manifest, Reader, Stack, Writer, decode_keys, encode_keys
 from pipeline.config import CopyConfig
 from pipeline.errors import SettingError
-from pipeline.side.contract import block_taps
-from pipeline.side.gather import Gather, found_among
-from pipeline.taps import choose_taps, host_buffer, restore, rounding_error, store
+from pipeline.side.gather import Gather
+from pipeline.taps import choose_gather, choose_taps, host_buffer, restore, rounding_error, store
 
 _CHUNK_BYTES = 32 * 2**20  # of the source's rows at a time
 
@@ -57,7 +56,8 @@ def copy(config: CopyConfig, report: Callable[[Copied], None] = lambda _: None) 
     begin = time.perf_counter()
     with Reader(config.src) as reader:
         rows = _rows(reader, config.split)
-        gather = _gather(config, reader)
+        shapes = {tap: stack.shape[1:] for stack in reader.manifest.stacks for tap in stack.taps}
+        gather = choose_gather(config, shapes, config.src)
         stacks = _stacks(config, reader, gather)
         manifest = _manifest(config, reader, rows, gather, stacks)
         tables = _tables(config, reader, rows)
@@ -157,31 +157,6 @@ def _rows(reader: Reader, splits: Sequence[str] | None) -> np.ndarray:
     if len(rows) == 0:
         raise SettingError(f"split {' + '.join(splits)}: it has no rows")
     return rows
-
-
-def _gather(config: CopyConfig, reader: Reader) -> Gather | None:
-    if config.gather == "none":
-        return None
-    taps = [tap for stack in reader.manifest.stacks for tap in stack.taps]
-    if found_among(taps):
-        raise SettingError(f"--gather: {config.src} holds sums already ({', '.join(taps)})")
-    if len(reader.manifest.stacks) > 1:
-        raise SettingError(
-            f"--gather {config.gather}: a sum over taps is defined where all have one shape; "
-            f"{config.src} has {len(reader.manifest.stacks)} shapes"
-        )
-    deepest = max(block_taps(taps)) if config.gather_k is None else config.gather_k
-    try:
-        gather = Gather(k=deepest, groups=config.gather_groups, normed=config.gather == "normsum")
-    except ValueError as error:
-        raise SettingError(f"--gather: {error}") from None
-    lacking = [f"z{i}" for i in range(deepest + 1) if f"z{i}" not in taps]
-    if lacking:
-        raise SettingError(
-            f"--gather: the sum z0 … z{deepest} needs {', '.join(lacking)}, which {config.src} "
-            f"lacks; it has {', '.join(taps)}"
-        )
-    return gather
 
 
 def _stacks(config: CopyConfig, reader: Reader, gather: Gather | None) -> tuple[Stack, ...]:

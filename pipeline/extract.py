@@ -46,6 +46,7 @@ from pipeline.side.ladder import keep_layers
 from pipeline.sources import open_source
 from pipeline.taps import (
     HostBuffer,
+    choose_gather,
     host_buffer,
     parse_taps,
     range_of,
@@ -148,29 +149,18 @@ class Layout:
 def plan_layout(config: ExtractConfig, backbone: Backbone) -> Layout:
     """What `config` asks of this backbone. Raises SettingError for taps or sums that cannot be."""
     shapes = backbone.taps
+    gather = choose_gather(config, shapes, backbone.name)
+    if gather:
+        stack = Stack(name="tokens", taps=tuple(gather.sums), **vars(shapes["z0"]))
+        return Layout(read=tuple(shapes)[: gather.k + 1], stacks=(stack,), gather=gather)
     read = parse_taps(config.taps, backbone.blocks)
-    if config.gather == "none":
-        runs = [list(run) for _, run in itertools.groupby(shapes, shapes.__getitem__)]
-        stacks = []
-        for number, run in enumerate(runs, start=1):
-            name = "tokens" if len(runs) == 1 else f"stage{number}"
-            if taps := tuple(tap for tap in run if tap in read):
-                stacks.append(Stack(name=name, taps=taps, **vars(shapes[taps[0]])))
-        return Layout(read=read, stacks=tuple(stacks))
-    deepest = backbone.blocks if config.gather_k is None else config.gather_k
-    if deepest > backbone.blocks:
-        raise SettingError(f"gather_k = {deepest}: this backbone has z0 … z{backbone.blocks}")
-    try:
-        gather = Gather(k=deepest, groups=config.gather_groups, normed=config.gather == "normsum")
-    except ValueError as error:
-        raise SettingError(f"--gather: {error}") from None
-    if len(set(shapes.values())) > 1:
-        raise SettingError(
-            f"--gather {config.gather}: a sum over taps is defined where all have one shape; "
-            f"those of {backbone.name} have {len(set(shapes.values()))} shapes"
-        )
-    stack = Stack(name="tokens", taps=tuple(gather.sums), **vars(shapes["z0"]))
-    return Layout(read=read[: deepest + 1], stacks=(stack,), gather=gather)
+    runs = [list(run) for _, run in itertools.groupby(shapes, shapes.__getitem__)]
+    stacks = []
+    for number, run in enumerate(runs, start=1):
+        name = "tokens" if len(runs) == 1 else f"stage{number}"
+        if taps := tuple(tap for tap in run if tap in read):
+            stacks.append(Stack(name=name, taps=taps, **vars(shapes[taps[0]])))
+    return Layout(read=read, stacks=tuple(stacks))
 
 
 def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractResult:

@@ -1,16 +1,18 @@
-"""Taps: which of z0 … zL to keep, and how tokens on the device become stored numbers."""
+"""Taps: which of z0 … zL to keep or to sum up, and how tokens become stored numbers and back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.config import CopyConfig, ExtractConfig
 from pipeline.errors import SettingError
 from pipeline.side import block_taps
+from pipeline.side.gather import Gather, found_among
 
 TINY = torch.finfo(torch.float32).tiny  # least scale: a token of zeros
 
@@ -68,6 +70,37 @@ def choose_taps(text: str, available: Sequence[str]) -> tuple[str, ...]:
             f"--taps {text!r}: the cache has no {', '.join(lacking)}; it has {', '.join(available)}"
         )
     return chosen
+
+
+def choose_gather(
+    config: ExtractConfig | CopyConfig, shapes: Mapping[str, Hashable], whose: str
+) -> Gather | None:
+    """The sums that `config` asks of taps with these shapes; None if it asks for none.
+
+    Raises SettingError naming what `whose` (a backbone or a cache) lacks.
+    """
+    if config.gather == "none":
+        return None
+    if found_among(tuple(shapes)):
+        raise SettingError(f"--gather: {whose} holds sums already ({', '.join(shapes)})")
+    deepest = max(block_taps(tuple(shapes))) if config.gather_k is None else config.gather_k
+    try:
+        gather = Gather(k=deepest, groups=config.gather_groups, normed=config.gather == "normsum")
+    except ValueError as error:
+        raise SettingError(f"--gather: {error}") from None
+    lacking = [tap for taps in gather.sums.values() for tap in taps if tap not in shapes]
+    if lacking:
+        raise SettingError(
+            f"--gather: the sum of z0 … z{deepest} needs {', '.join(lacking)}, which {whose} "
+            f"lacks; it has {', '.join(shapes)}"
+        )
+    different = len(set(shapes.values()))
+    if different > 1:
+        raise SettingError(
+            f"--gather {config.gather}: a sum over taps is defined where all have one shape; "
+            f"those of {whose} have {different}"
+        )
+    return gather
 
 
 @dataclass(frozen=True)

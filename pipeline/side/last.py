@@ -30,7 +30,6 @@ from torch import Tensor
 from pipeline.side.contract import (
     FeatureSpec,
     Operands,
-    Settings,
     SideNetwork,
     block_taps,
     find_taps,
@@ -39,6 +38,7 @@ from pipeline.side.layers import (
     FrozenNorm,
     Head,
     LSAChain,
+    LSASettings,
     centred,
     check_pool,
     pool_tokens,
@@ -47,23 +47,16 @@ from pipeline.side.layers import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LASTSettings(Settings):
+class LASTSettings(LSASettings):
     """Shape of a LAST network: `rank` R, `gap` g, `depth` S, attention `heads`, `pool`."""
 
-    rank: int = 16
     gap: int = 1
     depth: int = 1
-    heads: int = 1
-    pool: str = "mean"
 
     def __post_init__(self) -> None:
-        self.require(self.rank >= 1, "rank", "1 or more")
+        super().__post_init__()
         self.require(self.gap >= 1, "gap", "1 or more")
         self.require(self.depth >= 1, "depth", "1 or more")
-        self.require(
-            self.heads >= 1 and self.rank % self.heads == 0, "heads", f"a divisor of {self.rank}"
-        )
-        self.require(self.pool in self.POOLS, "pool", " or ".join(self.POOLS))
 
 
 class LAST(SideNetwork):

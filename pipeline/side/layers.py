@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from pipeline.side.contract import (
     FeatureSpec,
     Operands,
+    Settings,
     TokenShape,
     member_parameter,
     zero_parameter,
@@ -97,6 +99,22 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.mT + self.bias[:, None]  # (K, B, C)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSASettings(Settings):
+    """What every network of low-rank attention modules has: `rank` R, `heads`, `pool`."""
+
+    rank: int = 16
+    heads: int = 1
+    pool: str = "mean"
+
+    def __post_init__(self) -> None:
+        self.require(self.rank >= 1, "rank", "1 or more")
+        self.require(
+            self.heads >= 1 and self.rank % self.heads == 0, "heads", f"a divisor of {self.rank}"
+        )
+        self.require(self.pool in self.POOLS, "pool", " or ".join(self.POOLS))
 
 
 class LSAChain(nn.Module):

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from pipeline.side.contract import (
     FeatureSpec,
     Operands,
-    Settings,
     SideNetwork,
     block_taps,
     find_taps,
@@ -40,6 +39,7 @@ from pipeline.side.layers import (
     LN_EPS,
     Head,
     LSAChain,
+    LSASettings,
     centred,
     check_pool,
     pool_tokens,
@@ -48,7 +48,7 @@ from pipeline.side.layers import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MIETSettings(Settings):
+class MIETSettings(LSASettings):
     """Shape of an LAE-style network: `modules` n, `rank` R, `heads`, `pool`, and its sums.
 
     `gather`, `k` and `groups` name the sums, as `Gather` does; None is what the cache holds, or
@@ -56,20 +56,13 @@ class MIETSettings(Settings):
     """
 
     modules: int = 4
-    rank: int = 16
-    heads: int = 1
-    pool: str = "mean"
     gather: str | None = None
     k: int | None = None
     groups: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(self.modules >= 1, "modules", "1 or more")
-        self.require(self.rank >= 1, "rank", "1 or more")
-        self.require(
-            self.heads >= 1 and self.rank % self.heads == 0, "heads", f"a divisor of {self.rank}"
-        )
-        self.require(self.pool in self.POOLS, "pool", " or ".join(self.POOLS))
         kinds = (None, *Gather.KINDS)
         self.require(self.gather in kinds, "gather", " or ".join(Gather.KINDS))
         self.require(self.k is None or self.k >= 0, "k", "0 or more")

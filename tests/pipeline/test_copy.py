@@ -159,7 +159,7 @@ def test_formats_copy_into_each_other_unchanged(cache: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gather": "sum", "gather_k": 9}, "needs z7, z8, z9, which .* lacks"),
+        ({"gather": "sum", "gather_k": 9}, "needs z7, z8, z9, which .* lacks; it has z0"),
         ({"gather": "sum", "gather_groups": 9}, "expected 1 to 7 groups"),
         ({"taps": "3,9"}, "no tap z9"),
         ({"split": ("nowhere",)}, "no split 'nowhere'"),
