@@ -7,7 +7,9 @@ device trains a small attention network on it and never sees the backbone [2nd].
 network is called LAE, low-rank attention edge network [2nd]; its details are not public.
 
 Ours, "LAE-style": x_0 = the sum; n low-rank attention modules x_j = x_{j-1} + Delta_j of the same
-kind as LAST's (R = 16, n = 4); pool, a trained LayerNorm, a linear head. With several sums
+kind as LAST's (R = 16, n = 4); pool, a trained LayerNorm that starts as the backbone's final norm,
+a linear head. The start matters: one massive channel may hold nine tenths of the sum's energy,
+and a norm that starts at ones lets the head see little else (docs/log.md). With several sums
 (`groups` > 1, ours too) the first modules read the first sum, later ones the sums so far added up,
 as LAST's modules do: more groups is a walk from MIET to LAST.
 
@@ -93,6 +95,13 @@ class MIET(SideNetwork):
         )
         self.norm_weight = nn.Parameter(torch.ones(len(seeds), dim))
         self.norm_bias = zero_parameter((dim,), len(seeds))
+        with torch.no_grad():  # on the backbone's norm, which knows its massive channels
+            for parameter, start in (
+                (self.norm_weight, spec.norm_weight),
+                (self.norm_bias, spec.norm_bias),
+            ):
+                if start is not None:
+                    parameter.copy_(start.expand_as(parameter))
         self.head = Head(dim, spec.classes, seeds)
 
     def sources(self, available: Sequence[str]) -> tuple[str, ...]:
