@@ -12,6 +12,7 @@ row is about a megabyte in one piece, so random reads run at nearly sequential s
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -192,17 +193,22 @@ class Batches:
 
     @property
     def _row_read_bytes(self) -> int:
-        return sum(buffer.tensor.nbytes for buffer in self._buffers(1).values())
+        size = self.reader.manifest.dtype.itemsize
+        return sum(math.prod(shape) * size for shape in self._shapes(1).values())
+
+    def _shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """(rows, span, T, stored width) of each stack in use."""
+        shapes = {}
+        for name, span in self._spans.items():
+            _, tokens, width = self.reader.manifest.stored_shape(name)
+            shapes[name] = (rows, span.stop - span.start, tokens, width)
+        return shapes
 
     def _buffers(self, rows: int) -> dict[str, HostBuffer]:
         """Room for `rows` rows of the taps in use, per stack."""
-        manifest, pinned = self.reader.manifest, self.device.type == "cuda"
-        out = {}
-        for name, span in self._spans.items():
-            _, tokens, width = manifest.stored_shape(name)
-            shape = (rows, span.stop - span.start, tokens, width)
-            out[name] = host_buffer(shape, manifest.storage, pinned=pinned)
-        return out
+        storage, pinned = self.reader.manifest.storage, self.device.type == "cuda"
+        shapes = self._shapes(rows)
+        return {n: host_buffer(shape, storage, pinned=pinned) for n, shape in shapes.items()}
 
     def _read(self, rows: np.ndarray, buffers: dict[str, HostBuffer]) -> None:
         for name, buffer in buffers.items():
