@@ -198,7 +198,7 @@ class Batches:
 
     def _shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """(rows, span, T, stored width) of each stack in use."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, span in self._spans.items():
             _, tokens, width = self.reader.manifest.stored_shape(name)
             shapes[name] = (rows, span.stop - span.start, tokens, width)

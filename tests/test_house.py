@@ -26,7 +26,7 @@ LEVELS = [
         "pipeline.evaluate",
         "pipeline.predict",
     },
-    {"pipeline.live", "pipeline.sources"},
+    {"pipeline.live", "pipeline.sources", "pipeline.layout"},
     {"pipeline.members", "pipeline.checkpoint", "pipeline.loader"},
     {"pipeline.batches", "pipeline.backbone", "pipeline.timm_datasets", "pipeline.optim"},
     {"pipeline.taps", "pipeline.prune", "pipeline.blocks"},
@@ -59,7 +59,7 @@ ONLY_IN = {  # package → the files that may import it
     "psutil": {"pipeline.batches"},
     "yaml": {"pipeline.config", "pipeline.checkpoint"},
 }
-READERS_OF_CACHE = {"cli"} | LEVELS[2] | {"pipeline.batches"}
+READERS_OF_CACHE = {"cli"} | LEVELS[2] | {"pipeline.batches", "pipeline.layout"}
 
 
 def name_of(path: Path) -> str:

@@ -1,0 +1,170 @@
+"""What extraction stores: which taps it reads, which arrays they become, room for a batch of them.
+
+Tokens are cast to the storage type on the device, straight into the batch's buffer as each block
+finishes; sums grow in float32 and are cast at the end. What this file does not know: images, files,
+the order of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache import Manifest, Stack, StorageOverflow
+from pipeline.backbone import Backbone
+from pipeline.config import ExtractConfig
+from pipeline.images import Source
+from pipeline.loader import ImageBatch
+from pipeline.side.gather import Gather
+from pipeline.taps import (
+    HostBuffer,
+    choose_gather,
+    host_buffer,
+    parse_taps,
+    range_of,
+    restore,
+    rounding_error,
+    store,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which taps are read from the backbone, and which arrays are made of them.
+
+    Taps of equal shape make one stack: `tokens` for a plain ViT, `stage1`, `stage2` … for others.
+    `gather` reduces them to sums before anything is stored.
+    """
+
+    read: tuple[str, ...]
+    stacks: tuple[Stack, ...]
+    gather: Gather | None = None
+
+    @functools.cached_property
+    def place(self) -> dict[str, tuple[str, int]]:
+        """Stored tap → its stack and its position in it."""
+        return {
+            tap: (stack.name, position)
+            for stack in self.stacks
+            for position, tap in enumerate(stack.taps)
+        }
+
+
+def plan_layout(config: ExtractConfig, backbone: Backbone) -> Layout:
+    """What `config` asks of this backbone. Raises SettingError for taps or sums that cannot be."""
+    shapes = backbone.taps
+    gather = choose_gather(config, shapes, backbone.name)
+    if gather:
+        stack = Stack(name="tokens", taps=tuple(gather.sums), **vars(shapes["z0"]))
+        return Layout(read=tuple(shapes)[: gather.k + 1], stacks=(stack,), gather=gather)
+    read = parse_taps(config.taps, backbone.blocks)
+    runs = [list(run) for _, run in itertools.groupby(shapes, shapes.__getitem__)]
+    stacks = []
+    for number, run in enumerate(runs, start=1):
+        name = "tokens" if len(runs) == 1 else f"stage{number}"
+        if taps := tuple(tap for tap in run if tap in read):
+            stacks.append(Stack(name=name, taps=taps, **vars(shapes[taps[0]])))
+    return Layout(read=read, stacks=tuple(stacks))
+
+
+class TokenBuffer:
+    """Room for one batch of stored tokens, per stack (B, 1, taps, T, …), on device and host."""
+
+    def __init__(self, manifest: Manifest, layout: Layout, size: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.layout, self.storage = layout, manifest.storage
+        self.host: dict[str, HostBuffer] = {}
+        self.into: dict[str, Tensor] = {}
+        self.extremes: dict[str, Tensor] = {}  # least and greatest, per tap
+        self.errors: dict[str, Tensor] = {}  # of the first row, per tap: see `rounding_error`
+        self.sums: dict[str, Tensor] = {}
+        for stack in manifest.stacks:
+            name, shape = stack.name, (size, 1, *manifest.stored_shape(stack.name))
+            host = self.host[name] = host_buffer(shape, manifest.storage, pinned=on_gpu)
+            on_device = torch.empty(shape, dtype=host.tensor.dtype, device=device)
+            self.into[name] = on_device if on_gpu else host.tensor
+            self.extremes[name] = torch.zeros(len(stack.taps), 2, device=device)
+            self.errors[name] = torch.zeros(len(stack.taps), 3, device=device)
+            if layout.gather:
+                room = (size, stack.tokens, stack.dim)
+                self.sums |= {tap: torch.empty(room, device=device) for tap in stack.taps}
+        self.copied = torch.cuda.Event() if on_gpu else None
+
+    def fill(self, backbone: Backbone, images: Tensor, precision: torch.dtype) -> None:
+        """Forward `images`, cast every tap or sum into place, begin the copy to the host."""
+        size, gather = len(images), self.layout.gather
+        for total in self.sums.values():
+            total.zero_()
+
+        def sink(tap: str, tokens: Tensor) -> None:
+            if gather is None:
+                self._keep(tap, tokens)
+                return
+            for name, taps in gather.sums.items():
+                if tap in taps:
+                    self.sums[name][:size] += gather.addend(tokens)
+
+        backbone.read_taps(images.to(backbone.device, non_blocking=True), sink, precision=precision)
+        for name, total in self.sums.items():
+            self._keep(name, total[:size])
+        if self.copied is not None:
+            for name, on_device in self.into.items():
+                self.host[name].tensor[:size].copy_(on_device[:size], non_blocking=True)
+            self.copied.record()
+
+    def _keep(self, tap: str, tokens: Tensor) -> None:
+        stack, position = self.layout.place[tap]
+        part = self.into[stack][: len(tokens), 0, position]
+        store(tokens, part)
+        self.extremes[stack][position] = torch.stack(torch.aminmax(tokens)).float()
+        if self.storage != "float32":
+            self.errors[stack][position] = rounding_error(tokens[:1], part[:1])
+
+    def overflowing(self) -> bool:
+        """Wait for the copy; whether a token was NaN or left the range of the storage type."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return not all(
+            bool(extremes.to(range_of(self.storage)).isfinite().all())
+            for extremes in self.extremes.values()
+        )
+
+    def measured(self) -> dict[str, tuple[float, float, float]]:
+        """Rounding error of the first row per stack: squares summed up, squares of the exact
+        values, worst token."""
+        if self.storage == "float32":
+            return {}
+        out = {}
+        for stack, errors in self.errors.items():
+            squares, exact, worst = errors.double().unbind(1)
+            out[stack] = (squares.sum().item(), exact.sum().item(), worst.max().item())
+        return out
+
+    def overflow(self, batch: ImageBatch, source: Source) -> StorageOverflow:
+        """The error that names the first tap and image that do not fit."""
+        for stack in self.layout.stacks:
+            for position, tap in enumerate(stack.taps):
+                extremes = self.extremes[stack.name][position]
+                if extremes.to(range_of(self.storage)).isfinite().all():
+                    continue
+                part = self.host[stack.name].tensor[: len(batch.images), 0, position]
+                fits = restore(part, stack.dim).isfinite().flatten(1).all(dim=1)
+                row = int((~fits).nonzero()[0])
+                return _explain(tap, source.rows[batch.start + row].key, extremes, self.storage)
+        raise AssertionError("nothing overflows")
+
+
+def _explain(tap: str, key: str, extremes: Tensor, storage: str) -> StorageOverflow:
+    least, greatest = extremes.tolist()
+    if np.isfinite(least) and np.isfinite(greatest):
+        what = f"values from {least:.4g} to {greatest:.4g} do not fit {storage}"
+        advice = "--dtype bfloat16 has the range of float32"
+    else:
+        what = "the backbone itself gave NaN or infinity"
+        advice = "try --no-amp, and check the weights"
+    return StorageOverflow(f"tap {tap} of {key}: {what}; {advice}")
