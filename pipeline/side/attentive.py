@@ -97,7 +97,7 @@ class Attentive(SideNetwork):
     def operand_key(self) -> tuple[str]:
         return (self.method,)
 
-    def operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
+    def make_operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
         """`normed` (B, T, D): LN of the final-normed tokens, without a gain of its own."""
         tokens = features[self.reads[0]].to(wide(dtype))
         normed = nn.functional.layer_norm(self.final_norm(tokens), tokens.shape[-1:], eps=LN_EPS)

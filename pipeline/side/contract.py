@@ -89,8 +89,8 @@ class SideNetwork(nn.Module):
     """K side networks of one shape.
 
     Subclasses name themselves (`method`) and their `Settings` class, set `reads` (the taps that
-    they read, chosen from `spec.taps`) when they are made, and implement `operands` and `forward`.
-    Making one raises LookupError naming taps that are lacking, ValueError naming a setting that
+    they read, chosen from `spec.taps`) when they are made, and implement `make_operands` and
+    `forward`. Making one raises LookupError naming taps that are lacking, ValueError naming a setting that
     does not suit the features. All parameters have shape (K, …).
     """
 
@@ -118,8 +118,21 @@ class SideNetwork(nn.Module):
         `features` holds the taps that `sources` named. Wide operands come in `dtype`, the
         precision that the network computes in; narrow ones in float32 (float64 if `dtype` is).
         Every operand has B rows in front and memory of its own, because that of `features` is
-        used again.
+        used again. Raises ValueError naming both shapes if a tap has another than `spec` says.
         """
+        of_sums = next(iter(self.spec.taps.values()))  # taps that a sum is made of have its shape
+        for tap in self.sources(tuple(features)):
+            shape = self.spec.taps.get(tap, of_sums)
+            expected, came = (shape.tokens, shape.dim), tuple(features[tap].shape[1:])
+            if came != expected:
+                raise ValueError(
+                    f"{self.method}: tap {tap} has {came[0]} tokens of width {came[-1]}, expected "
+                    f"{expected[0]} of width {expected[1]}"
+                )
+        return self.make_operands(features, dtype)
+
+    def make_operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
+        """The method's own part of `operands`, on features of the right shapes."""
         raise NotImplementedError
 
     def forward(self, operands: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:

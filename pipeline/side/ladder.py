@@ -158,7 +158,7 @@ class LST(SideNetwork):
     def _side_blocks(self) -> list[SideBlock]:
         return [block for block in self.blocks.values() if isinstance(block, SideBlock)]
 
-    def operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
+    def make_operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
         """The taps themselves: z0 and the outputs of the kept blocks, each (B, T, D)."""
         contiguous = torch.contiguous_format
         return {

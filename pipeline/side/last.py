@@ -97,7 +97,7 @@ class LAST(SideNetwork):
     def drop_sites(self) -> int:
         return len(self.chain.state_of)
 
-    def operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
+    def make_operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
         """`state<i>`, `square<i>`: S_{i+1}, centred, and its square; `mean`, `cls`: pooled z_m."""
         out: Operands = {}
         total = features[self.reads[0]].to(wide(dtype))

@@ -83,7 +83,7 @@ class Linear(SideNetwork):
             width = spec.common_shape(self.reads, "linear with merge = mean").dim
         self.head = Head(width, spec.classes, seeds)
 
-    def operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
+    def make_operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
         """`pooled` (B, width): pooled and normed, all that the probe ever reads."""
         pools = ["mean" if self.settings.pool == "mean" else "cls"] * len(self.reads)
         taps = list(zip(self.reads, pools, self.norms, strict=True))

@@ -121,7 +121,7 @@ class MIET(SideNetwork):
     def drop_sites(self) -> int:
         return self.settings.modules
 
-    def operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
+    def make_operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
         """`state<g>`, `square<g>`: sums 0 … g, centred, and the square; `mean`, `cls`: pooled."""
         given = all(name in features for name in self.reads)
         sums = features if given else self.gather.add_up(features)

@@ -110,6 +110,24 @@ def test_training_from_sums_equals_training_from_taps(zarr_cache: Path, tmp_path
         train(train_config(sums, tmp_path / "last"))
 
 
+def test_fewer_taps_train_the_same_where_they_suffice(zarr_cache: Path, tmp_path: Path) -> None:
+    """LAST with a gap of two reads every second tap: from the full cache, from a part of its taps
+    (`--taps`), and from a smaller cache."""
+    member = Member(method="last", epochs=3, warmup_epochs=1, settings={"rank": 4, "gap": 2})
+    copy(smaller(zarr_cache, tmp_path / "few.zarr", taps="every:2"))
+    losses = [
+        train(train_config(path, tmp_path / name, member, taps=taps)).members[0].val_loss
+        for name, path, taps in (
+            ("full", zarr_cache, "all"),
+            ("part", zarr_cache, "0,2,4,6"),
+            ("few", tmp_path / "few.zarr", "all"),
+        )
+    ]
+    assert losses[0] == losses[1] == losses[2]
+    with pytest.raises(SettingError, match="the cache has no z1; it has z0, z2, z4, z6"):
+        train(train_config(tmp_path / "few.zarr", tmp_path / "no", member, taps="0,1"))
+
+
 @pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("method", ["miet", "linear", "attentive"])
 def test_a_member_trained_on_a_small_cache_goes_live(

@@ -126,6 +126,14 @@ class TestContract:
                 for name, values in operands.items():
                     assert torch.equal(values, before[name]), name
 
+    def test_a_wrong_width_names_both(
+        self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
+    ) -> None:
+        network = build(make_spec(), method, settings)
+        narrow = {tap: tokens[..., :20] for tap, tokens in features_for(network).items()}
+        with pytest.raises(ValueError, match=r"9 tokens of width 20, expected 9 of width 24"):
+            network.operands(narrow, torch.float64)
+
     def test_state_round_trip(
         self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
     ) -> None:
