@@ -47,6 +47,7 @@ SYSTEMS = {
     "miet_float32": System("miet", "sum_float32", {"lr": SIDE_LR}),
     "miet_float16": System("miet", "sum_float16", {}, like="miet_float32"),
     "miet_int8": System("miet", "sum_int8", {}, like="miet_float32"),
+    "miet_normsum": System("miet", "full", {}, {"gather": "normsum"}, like="miet_float32"),
     "miet_3_sums": System("miet", "full", {}, {"groups": "3", "modules": "6"}, like="miet_float32"),
     "last": System("last", "full", {"lr": SIDE_LR}),
 }

@@ -90,8 +90,8 @@ class SideNetwork(nn.Module):
 
     Subclasses name themselves (`method`) and their `Settings` class, set `reads` (the taps that
     they read, chosen from `spec.taps`) when they are made, and implement `make_operands` and
-    `forward`. Making one raises LookupError naming taps that are lacking, ValueError naming a setting that
-    does not suit the features. All parameters have shape (K, …).
+    `forward`. Making one raises LookupError naming taps that are lacking, ValueError naming a
+    setting that does not suit the features. All parameters have shape (K, …).
     """
 
     method: ClassVar[str]
