@@ -20,7 +20,15 @@ from cache import Manifest, Reader, Stack, Writer, decode_keys, encode_keys
 from pipeline.config import CopyConfig
 from pipeline.errors import SettingError
 from pipeline.side.gather import Gather
-from pipeline.taps import choose_gather, choose_taps, host_buffer, restore, rounding_error, store
+from pipeline.taps import (
+    choose_gather,
+    choose_taps,
+    host_buffer,
+    restore,
+    rounding_error,
+    store,
+    total_error,
+)
 
 _CHUNK_BYTES = 32 * 2**20  # of the source's rows at a time
 
@@ -128,16 +136,15 @@ def _convert(
     for stack in into.stacks:
         shape = (len(rows), *into.stored_shape(stack.name))
         buffer = host_buffer(shape, into.storage, pinned=False)
-        lost = torch.zeros(3, dtype=torch.float64)
+        lost = []
         for position, tap in enumerate(stack.taps):
             part = buffer.tensor[:, position]
             store(features[tap], part)
-            error = rounding_error(features[tap][:1], part[:1]).double()
-            lost = torch.stack([*(lost + error)[:2], torch.maximum(lost[2], error[2])])
             _refuse_overflow(tap, features[tap], part, stack, into.storage)
+            lost.append(rounding_error(features[tap][:1], part[:1]))
         arrays[stack.name] = buffer.array
         if into.storage != "float32":
-            errors[stack.name] = (lost[0].item(), lost[1].item(), lost[2].item())
+            errors[stack.name] = total_error(torch.stack(lost))
     return arrays, errors
 
 

@@ -30,6 +30,7 @@ from pipeline.taps import (
     restore,
     rounding_error,
     store,
+    total_error,
 )
 
 
@@ -135,15 +136,10 @@ class TokenBuffer:
         )
 
     def measured(self) -> dict[str, tuple[float, float, float]]:
-        """Rounding error of the first row per stack: squares summed up, squares of the exact
-        values, worst token."""
+        """What rounding lost of the first row, per stack; nothing of float32."""
         if self.storage == "float32":
             return {}
-        out = {}
-        for stack, errors in self.errors.items():
-            squares, exact, worst = errors.double().unbind(1)
-            out[stack] = (squares.sum().item(), exact.sum().item(), worst.max().item())
-        return out
+        return {stack: total_error(errors) for stack, errors in self.errors.items()}
 
     def overflow(self, batch: ImageBatch, source: Source) -> StorageOverflow:
         """The error that names the first tap and image that do not fit."""

@@ -160,3 +160,9 @@ def rounding_error(exact: Tensor, stored: Tensor) -> Tensor:
     square = exact.square().sum(dim=-1)
     worst = (error / square.clamp_min(TINY)).amax().sqrt()
     return torch.stack([error.sum(), square.sum(), worst])
+
+
+def total_error(errors: Tensor) -> tuple[float, float, float]:
+    """Several `rounding_error`s (n, 3) as one: sums of squares, and the worst token."""
+    squares, exact, worst = errors.double().unbind(1)
+    return squares.sum().item(), exact.sum().item(), worst.max().item()
