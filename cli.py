@@ -96,6 +96,9 @@ def gather_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "--gather-groups", default=1, show_default=True, help="That many sums over runs of taps."
     )(function)
     function = click.option(
+        "--gather-pooled", is_flag=True, help="Keep zK's pooled tokens too (miet --head last)."
+    )(function)
+    function = click.option(
         "--gather-k", type=int, help="Sum z0 … zK.  [default: the deepest tap]"
     )(function)
     return click.option(
@@ -471,6 +474,7 @@ def copy(as_json: bool, **values: Any) -> None:
 @click.option("--gap", type=CommaList(int), help="last: blocks per group.")
 @click.option("--depth", type=CommaList(int), help="last: modules per group.")
 @click.option("--modules", type=CommaList(int), help="miet: attention modules.")
+@click.option("--head", type=CommaList(str), help="miet: sum, or last (zk's pooled token).")
 @click.option("--k", type=CommaList(int), help="miet: sum z0 … zk.")
 @click.option("--gather", type=CommaList(str), help="miet: sum or normsum.")
 @click.option("--groups", type=CommaList(int), help="miet: number of sums.")

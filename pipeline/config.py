@@ -41,6 +41,7 @@ class ExtractConfig:
     gather: str = "none"
     gather_k: int | None = None
     gather_groups: int = 1
+    gather_pooled: bool = False
     dtype: str = "float16"
     ladder_init: str | None = None
     reduction: int = 8
@@ -105,6 +106,7 @@ class CopyConfig:
     gather: str = "none"
     gather_k: int | None = None
     gather_groups: int = 1
+    gather_pooled: bool = False
     dtype: str | None = None
     split: tuple[str, ...] | None = None
     overwrite: bool = False
@@ -120,6 +122,7 @@ def _check_gather(config: ExtractConfig | CopyConfig) -> None:
     _require(config, config.gather in GATHERS, "gather", ", ".join(GATHERS))
     _require(config, gathers or config.gather_k is None, "gather_k", "none without --gather")
     _require(config, gathers or config.gather_groups == 1, "gather_groups", "1 without --gather")
+    _require(config, gathers or not config.gather_pooled, "gather_pooled", "False without --gather")
     _require(
         config, not gathers or config.taps == "all", "taps", "all with --gather (see gather_k)"
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from cache import Manifest, Reader, Stack, Writer, decode_keys, encode_keys
 from pipeline.config import CopyConfig
 from pipeline.errors import SettingError
+from pipeline.layout import gathered_stacks
 from pipeline.side.gather import Gather
 from pipeline.taps import (
     choose_gather,
@@ -131,7 +132,7 @@ def _convert(
         tokens = restore(buffer.tensor, stack.dim)
         features |= zip(stack.taps, tokens.unbind(1), strict=True)
     if gather:
-        features = gather.add_up(features)
+        features = gather.reduce(features, into.stacks[0].prefix_tokens)
     arrays, errors = {}, {}
     for stack in into.stacks:
         shape = (len(rows), *into.stored_shape(stack.name))
@@ -169,7 +170,7 @@ def _rows(reader: Reader, splits: Sequence[str] | None) -> np.ndarray:
 def _stacks(config: CopyConfig, reader: Reader, gather: Gather | None) -> tuple[Stack, ...]:
     stacks = reader.manifest.stacks
     if gather:
-        return (dataclasses.replace(stacks[0], taps=tuple(gather.sums)),)
+        return gathered_stacks(gather, stacks[0])
     chosen = choose_taps(config.taps, [tap for stack in stacks for tap in stack.taps])
     kept = []
     for stack in stacks:

@@ -20,7 +20,8 @@ from pipeline.backbone import Backbone
 from pipeline.config import ExtractConfig
 from pipeline.images import Source
 from pipeline.loader import ImageBatch
-from pipeline.side.gather import Gather
+from pipeline.side import TokenShape
+from pipeline.side.gather import Gather, pool_both
 from pipeline.taps import (
     HostBuffer,
     choose_gather,
@@ -56,13 +57,28 @@ class Layout:
         }
 
 
+def gathered_stacks(gather: Gather, shape: TokenShape | Stack) -> tuple[Stack, ...]:
+    """The sums of maps of this shape in one stack, what is pooled beside them in another."""
+    tokens, prefix, dim = shape.tokens, shape.prefix_tokens, shape.dim
+    sums = Stack(
+        name="tokens", taps=tuple(gather.sums), tokens=tokens, prefix_tokens=prefix, dim=dim
+    )
+    if not gather.pooled:
+        return (sums,)
+    first = 1 if prefix else 0
+    pooled = Stack(
+        name="pooled", taps=(gather.pool_name,), tokens=first + 1, prefix_tokens=first, dim=dim
+    )
+    return sums, pooled
+
+
 def plan_layout(config: ExtractConfig, backbone: Backbone) -> Layout:
     """What `config` asks of this backbone. Raises SettingError for taps or sums that cannot be."""
     shapes = backbone.taps
     gather = choose_gather(config, shapes, backbone.name)
     if gather:
-        stack = Stack(name="tokens", taps=tuple(gather.sums), **vars(shapes["z0"]))
-        return Layout(read=tuple(shapes)[: gather.k + 1], stacks=(stack,), gather=gather)
+        read = tuple(shapes)[: gather.k + 1]
+        return Layout(read=read, stacks=gathered_stacks(gather, shapes["z0"]), gather=gather)
     read = parse_taps(config.taps, backbone.blocks)
     runs = [list(run) for _, run in itertools.groupby(shapes, shapes.__getitem__)]
     stacks = []
@@ -91,9 +107,9 @@ class TokenBuffer:
             self.into[name] = on_device if on_gpu else host.tensor
             self.extremes[name] = torch.zeros(len(stack.taps), 2, device=device)
             self.errors[name] = torch.zeros(len(stack.taps), 3, device=device)
-            if layout.gather:
-                room = (size, stack.tokens, stack.dim)
-                self.sums |= {tap: torch.empty(room, device=device) for tap in stack.taps}
+            for tap in layout.gather.sums if layout.gather else ():
+                if tap in stack.taps:
+                    self.sums[tap] = torch.empty(size, stack.tokens, stack.dim, device=device)
         self.copied = torch.cuda.Event() if on_gpu else None
 
     def fill(self, backbone: Backbone, images: Tensor, precision: torch.dtype) -> None:
@@ -109,6 +125,8 @@ class TokenBuffer:
             for name, taps in gather.sums.items():
                 if tap in taps:
                     self.sums[name][:size] += gather.addend(tokens)
+            if gather.pooled and tap == f"z{gather.k}":
+                self._keep(gather.pool_name, pool_both(tokens, backbone.prefix_tokens))
 
         backbone.read_taps(images.to(backbone.device, non_blocking=True), sink, precision=precision)
         for name, total in self.sums.items():

@@ -85,7 +85,12 @@ def choose_gather(
         raise SettingError(f"--gather: {whose} holds sums already ({', '.join(shapes)})")
     deepest = max(block_taps(tuple(shapes))) if config.gather_k is None else config.gather_k
     try:
-        gather = Gather(k=deepest, groups=config.gather_groups, normed=config.gather == "normsum")
+        gather = Gather(
+            k=deepest,
+            groups=config.gather_groups,
+            normed=config.gather == "normsum",
+            pooled=config.gather_pooled,
+        )
     except ValueError as error:
         raise SettingError(f"--gather: {error}") from None
     lacking = [tap for taps in gather.sums.values() for tap in taps if tap not in shapes]

@@ -2,10 +2,14 @@
 
     Gather*(x, k) = z_0 + … + z_k                      the paper's [2nd]; k = L by default [ours]
 
-Ours, and marked so wherever they are offered: cutting z_0 … z_k into `groups` runs with one sum
-each (as many times the bytes), and `normed`: each map is normalised, token by token and without
-weights, before it is added, so that no layer drowns the others. A sum is named after its taps:
-`z0..z12`, or `ln(z0..z12)` if normed. Sums are taken in float32, whatever comes in.
+Ours, and marked so wherever they are offered:
+    groups   z_0 … z_k cut into that many runs, one sum each (as many times the bytes)
+    normed   each map is normalised, token by token and without weights, before it is added, so
+             that no layer drowns the others
+    pooled   z_k's class token and its mean patch token are kept beside the sums (1 % of the bytes)
+
+A sum is named after its taps: `z0..z12`, or `ln(z0..z12)` if normed; what is pooled is `pool(z12)`.
+Sums are taken in float32, whatever comes in.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ class Gather:
     k: int
     groups: int = 1
     normed: bool = False
+    pooled: bool = False
 
     KINDS = ("sum", "normsum")
 
@@ -49,6 +54,16 @@ class Gather:
             begin = end
         return out
 
+    @property
+    def pool_name(self) -> str:
+        """Name of what is pooled from z_k."""
+        return f"pool(z{self.k})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that is stored."""
+        return (*self.sums, self.pool_name) if self.pooled else tuple(self.sums)
+
     def addend(self, tokens: Tensor) -> Tensor:
         """What a map (…, T, D) adds to its sum, in float32 or wider."""
         values = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
@@ -56,15 +71,25 @@ class Gather:
             return torch.nn.functional.layer_norm(values, values.shape[-1:], eps=EPS)
         return values
 
-    def add_up(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every sum, each (…, T, D)."""
+    def reduce(self, features: Mapping[str, Tensor], prefix_tokens: int) -> dict[str, Tensor]:
+        """All of `names` from the taps (…, T, D), in float32 or wider."""
         out = {}
         for name, taps in self.sums.items():
             total = self.addend(features[taps[0]]).clone()
             for tap in taps[1:]:
                 total += self.addend(features[tap])
             out[name] = total
+        if self.pooled:
+            out[self.pool_name] = pool_both(features[f"z{self.k}"], prefix_tokens)
         return out
+
+
+def pool_both(tokens: Tensor, prefix_tokens: int) -> Tensor:
+    """(…, T, D) → (…, 2, D) in float32 or wider: first token and mean patch token; (…, 1, D) where
+    there is no prefix token."""
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    mean = tokens[..., prefix_tokens:, :].mean(dim=-2, keepdim=True)
+    return torch.cat([tokens[..., :1, :], mean], dim=-2) if prefix_tokens else mean
 
 
 def found_among(taps: Sequence[str]) -> Gather | None:
@@ -73,4 +98,9 @@ def found_among(taps: Sequence[str]) -> Gather | None:
     if not names:
         return None
     last = names[-1].rstrip(")").rpartition("..z")[2]
-    return Gather(k=int(last), groups=len(names), normed=names[0].startswith("ln("))
+    return Gather(
+        k=int(last),
+        groups=len(names),
+        normed=names[0].startswith("ln("),
+        pooled=f"pool(z{last})" in taps,
+    )

@@ -11,13 +11,14 @@ kind as LAST's (R = 16, n = 4); pool, a trained LayerNorm that starts as the bac
 a linear head. The start matters: one massive channel may hold nine tenths of the sum's energy,
 and a norm that starts at ones lets the head see little else (docs/log.md). With several sums
 (`groups` > 1, ours too) the first modules read the first sum, later ones the sums so far added up,
-as LAST's modules do: more groups is a walk from MIET to LAST.
+as LAST's modules do: more groups is a walk from MIET to LAST. With `head last` (ours) the head is
+LAST's: z_k's pooled token plus the pooled sum of Deltas, through the backbone's frozen final norm.
 
 paper → code: Gather* → `Gather`; k → `k`; LAE → `LSAChain` and head.
 
 Works from a cache of sums (`extract --gather sum`) or from a full one, whose sums it then makes.
 
-Parameters: n (2D + 3R(D + 1) + (R + 1) D) + 2D + C (D + 1).
+Parameters: n (2D + 3R(D + 1) + (R + 1) D) + 2D + C (D + 1); without the 2D with `head last`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from pipeline.side.contract import (
 from pipeline.side.gather import Gather, found_among
 from pipeline.side.layers import (
     LN_EPS,
+    FrozenNorm,
     Head,
     LSAChain,
     LSASettings,
@@ -53,11 +55,13 @@ from pipeline.side.layers import (
 class MIETSettings(LSASettings):
     """Shape of an LAE-style network: `modules` n, `rank` R, `heads`, `pool`, and its sums.
 
-    `gather`, `k` and `groups` name the sums, as `Gather` does; None is what the cache holds, or
-    one plain sum of all taps.
+    `head` is what the head reads beside the modules' outputs: the pooled `sum` or z_k's pooled
+    token (`last`). `gather`, `k` and `groups` name the sums, as `Gather` does; None is what the
+    cache holds, or one plain sum of all taps.
     """
 
     modules: int = 4
+    head: str = "sum"
     gather: str | None = None
     k: int | None = None
     groups: int | None = None
@@ -65,6 +69,7 @@ class MIETSettings(LSASettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.modules >= 1, "modules", "1 or more")
+        self.require(self.head in ("sum", "last"), "head", "sum or last")
         kinds = (None, *Gather.KINDS)
         self.require(self.gather in kinds, "gather", " or ".join(Gather.KINDS))
         self.require(self.k is None or self.k >= 0, "k", "0 or more")
@@ -84,8 +89,10 @@ class MIET(SideNetwork):
     def __init__(self, spec: FeatureSpec, settings: MIETSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)
         self.gather = _gather(settings, tuple(spec.taps))
-        self.reads = tuple(self.gather.sums)
-        self.shape = spec.common_shape(self.sources(tuple(spec.taps)), self.method)
+        self.reads = self.gather.names
+        sources = self.sources(tuple(spec.taps))
+        summed = [tap for tap in sources if tap != self.gather.pool_name]
+        self.shape = spec.common_shape(summed, self.method)
         check_pool(settings.pool, self.shape)
         groups = self.gather.groups
         state_of = [j * groups // settings.modules for j in range(settings.modules)]
@@ -93,16 +100,21 @@ class MIET(SideNetwork):
         self.chain = LSAChain(
             dim, seeds, state_of=state_of, rank=settings.rank, heads=settings.heads
         )
-        self.norm_weight = nn.Parameter(torch.ones(len(seeds), dim))
-        self.norm_bias = zero_parameter((dim,), len(seeds))
-        with torch.no_grad():  # on the backbone's norm, which knows its massive channels
-            for parameter, start in (
-                (self.norm_weight, spec.norm_weight),
-                (self.norm_bias, spec.norm_bias),
-            ):
-                if start is not None:
-                    parameter.copy_(start.expand_as(parameter))
+        if settings.head == "last":
+            self.final_norm = FrozenNorm(spec, dim)
+        else:
+            self.norm_weight = nn.Parameter(torch.ones(len(seeds), dim))
+            self.norm_bias = zero_parameter((dim,), len(seeds))
+            self._start_norm(spec)
         self.head = Head(dim, spec.classes, seeds)
+
+    @torch.no_grad()
+    def _start_norm(self, spec: FeatureSpec) -> None:
+        """At the backbone's own, which knows its massive channels."""
+        starts = ((self.norm_weight, spec.norm_weight), (self.norm_bias, spec.norm_bias))
+        for parameter, start in starts:
+            if start is not None:
+                parameter.copy_(start.expand_as(parameter))
 
     def sources(self, available: Sequence[str]) -> tuple[str, ...]:
         """The sums if they are there, else the taps that they are made of."""
@@ -124,21 +136,29 @@ class MIET(SideNetwork):
     def make_operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
         """`state<g>`, `square<g>`: sums 0 … g, centred, and the square; `mean`, `cls`: pooled."""
         given = all(name in features for name in self.reads)
-        sums = features if given else self.gather.add_up(features)
+        prefix = self.shape.prefix_tokens
+        made = features if given else self.gather.reduce(features, prefix)
         out: Operands = {}
-        total = sums[self.reads[0]].to(wide(dtype))
-        for group, name in enumerate(self.reads):
-            if group:
-                total = total + sums[name]
+        total: Tensor | None = None
+        for group, name in enumerate(self.gather.sums):
+            addend = made[name].to(wide(dtype))
+            total = addend if total is None else total + addend
             out[f"state{group}"], out[f"square{group}"] = centred(total, dtype)
-        for pool in self.settings.POOLS if self.shape.prefix_tokens else ("mean",):
-            out[pool] = pool_tokens(total, pool, self.shape.prefix_tokens)
+        assert total is not None
+        for pool in self.settings.POOLS if prefix else ("mean",):
+            if self.gather.pooled:
+                pooled = made[self.gather.pool_name].to(total.dtype)
+                out[pool] = pooled[:, 0 if pool == "cls" else -1].clone()
+            else:
+                out[pool] = pool_tokens(total, pool, prefix)
         return out
 
     def forward(self, operands: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
         branches = self.chain(operands, keep)  # (K, B, T, n(R+1))
         pooled = pool_tokens(branches, self.settings.pool, self.shape.prefix_tokens)
         x = operands[self.settings.pool] + pooled @ self.chain.ups()  # (K, B, D)
+        if self.settings.head == "last":
+            return self.head(self.final_norm(x))
         x = nn.functional.layer_norm(x, x.shape[-1:], eps=LN_EPS)
         return self.head(x * self.norm_weight[:, None] + self.norm_bias[:, None])
 
@@ -150,4 +170,5 @@ def _gather(settings: MIETSettings, available: Sequence[str]) -> Gather:
         k=there.k if settings.k is None else settings.k,
         groups=there.groups if settings.groups is None else settings.groups,
         normed=there.normed if settings.gather is None else settings.gather == "normsum",
+        pooled=settings.head == "last",
     )

@@ -70,7 +70,12 @@ def test_a_copied_sum_is_the_extracted_sum(
 
 
 def test_groups_and_normed_sums(cache: Path, images: Path, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"gather": "normsum", "gather_groups": 2, "gather_k": 4}
+    asked: dict[str, Any] = {
+        "gather": "normsum",
+        "gather_groups": 2,
+        "gather_k": 4,
+        "gather_pooled": True,
+    }
     extract(extract_config(images, tmp_path / "direct.zarr", **asked))
     copy(smaller(cache, tmp_path / "copied.zarr", **asked))
     taps = torch.from_numpy(values(cache))
@@ -79,7 +84,10 @@ def test_groups_and_normed_sums(cache: Path, images: Path, tmp_path: Path) -> No
     for name in ("direct", "copied"):
         with Reader(tmp_path / f"{name}.zarr") as reader:
             assert reader.manifest.stacks[0].taps == ("ln(z0..z2)", "ln(z3..z4)")
+            pooled = torch.from_numpy(reader.read(range(24), stack="pooled"))[:, 0]
         torch.testing.assert_close(torch.from_numpy(values(tmp_path / f"{name}.zarr")), expected)
+        both = torch.stack([taps[:, 4, 0], taps[:, 4, 1:].mean(dim=1)], dim=1)
+        torch.testing.assert_close(pooled, both)
 
 
 def test_int8_on_the_device_is_int8_in_numpy() -> None:
@@ -129,14 +137,18 @@ def test_fewer_taps_train_the_same_where_they_suffice(zarr_cache: Path, tmp_path
 
 
 @pytest.mark.usefixtures("no_hub")
-@pytest.mark.parametrize("method", ["miet", "linear", "attentive"])
+@pytest.mark.parametrize("method", ["miet", "miet, head last", "linear", "attentive"])
 def test_a_member_trained_on_a_small_cache_goes_live(
     images: Path, tmp_path: Path, method: str
 ) -> None:
     """Behind its backbone it makes what it was trained on: sums, or an earlier tap."""
-    gather = {"gather": "sum", "gather_k": 4} if method == "miet" else {"taps": "0,2,4"}
+    method, _, last = method.partition(", head ")
+    gather: dict[str, Any] = {"taps": "0,2,4"}
+    if method == "miet":
+        gather = {"gather": "sum", "gather_k": 4, "gather_pooled": bool(last)}
     extract(extract_config(images, tmp_path / "c.zarr", **gather))
-    member = Member(method=method, epochs=4, warmup_epochs=1)
+    settings = {"head": last} if last else {}
+    member = Member(method=method, epochs=4, warmup_epochs=1, settings=settings)
     train(train_config(tmp_path / "c.zarr", tmp_path / "run", member))
     arguments: dict[str, Any] = {"split": ("test",), "device": "cpu", "amp": False}
     cached = evaluate(tmp_path / "run", **arguments)

@@ -60,10 +60,21 @@ def reference(
         attended = ((q @ k.mT / each**0.5).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
         branch = attended @ chain.up_weight[member, j].T + chain.up_bias[member, j]
         x = x + (branch if keep is None else branch * keep[j, :, None, None])
-    pooled = x[:, 0] if settings.pool == "cls" else x[:, network.shape.prefix_tokens :].mean(dim=1)
-    weight, bias = network.norm_weight[member], network.norm_bias[member]
+    pooled = pool(network, x)
+    if settings.head == "last":  # LAST's: z_k + sum of Delta, through the frozen norm
+        pooled = pool(network, taps[f"z{network.gather.k}"] + x - sum(sums))
+        assert network.spec.norm_weight is not None and network.spec.norm_bias is not None
+        weight, bias = network.spec.norm_weight.double(), network.spec.norm_bias.double()
+    else:
+        weight, bias = network.norm_weight[member], network.norm_bias[member]
     normed = functional.layer_norm(pooled, (dim,), weight, bias, 1e-6)
     return normed @ network.head.weight[member].T + network.head.bias[member]
+
+
+def pool(network: MIET, x: Tensor) -> Tensor:
+    return (
+        x[:, 0] if network.settings.pool == "cls" else x[:, network.shape.prefix_tokens :].mean(1)
+    )
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -77,6 +88,8 @@ def reference(
         {"gather": "normsum"},
         {"groups": 2},
         {"groups": 3, "modules": 5, "gather": "normsum", "k": 3},
+        {"head": "last"},
+        {"head": "last", "groups": 2, "k": 2, "pool": "cls"},
     ],
 )
 def test_miet_equals_the_modules_on_the_sum(
@@ -100,18 +113,23 @@ def test_miet_equals_the_modules_on_the_sum(
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("gather", [Gather(k=4), Gather(k=4, groups=2, normed=True)])
+@pytest.mark.parametrize(
+    "gather", [Gather(k=4), Gather(k=4, groups=2, normed=True), Gather(k=3, pooled=True)]
+)
 def test_sums_and_taps_give_the_same(make_spec: MakeSpec, gather: Gather) -> None:
     """A network made for a cache of sums takes whatever the cache holds from it."""
     spec = make_spec()
     taps = taps_of(spec)
     shape = spec.taps["z0"]
-    only_sums = dataclasses.replace(spec, taps=dict.fromkeys(gather.sums, shape))
-    network = build(only_sums)
+    shapes = dict.fromkeys(gather.sums, shape)
+    if gather.pooled:
+        shapes[gather.pool_name] = dataclasses.replace(shape, tokens=2)
+    head = "last" if gather.pooled else "sum"
+    network = build(dataclasses.replace(spec, taps=shapes), head=head)
     assert network.gather == gather
-    assert network.sources(tuple(gather.sums)) == tuple(gather.sums)
-    assert network.sources(tuple(taps)) == tuple(taps)
-    from_sums = network(network.operands(gather.add_up(taps), torch.float64))
+    assert network.sources(gather.names) == gather.names
+    assert network.sources(tuple(taps)) == tuple(taps)[: gather.k + 1]
+    from_sums = network(network.operands(gather.reduce(taps, 1), torch.float64))
     from_taps = network(network.operands(taps, torch.float64))
     torch.testing.assert_close(from_sums, from_taps, rtol=1e-12, atol=1e-12)
 
@@ -121,8 +139,8 @@ def test_names_of_sums() -> None:
     assert list(Gather(k=12, groups=3, normed=True).sums) == [
         "ln(z0..z4)", "ln(z5..z8)", "ln(z9..z12)",
     ]  # fmt: skip
-    for gather in (Gather(k=12), Gather(k=0), Gather(k=7, groups=8, normed=True)):
-        assert found_among(tuple(gather.sums)) == gather
+    for gather in (Gather(k=12), Gather(k=0, pooled=True), Gather(k=7, groups=8, normed=True)):
+        assert found_among(gather.names) == gather
         assert [tap for taps in gather.sums.values() for tap in taps] == [
             f"z{i}" for i in range(gather.k + 1)
         ]
@@ -134,7 +152,7 @@ def test_names_of_sums() -> None:
 def test_a_cache_of_sums_has_no_other_sums(make_spec: MakeSpec) -> None:
     spec = make_spec()
     sums = dataclasses.replace(spec, taps={"z0..z4": spec.taps["z0"]})
-    for settings in ({"k": 3}, {"gather": "normsum"}, {"groups": 2}):
+    for settings in ({"k": 3}, {"gather": "normsum"}, {"groups": 2}, {"head": "last"}):
         with pytest.raises(LookupError, match=r"there are z0\.\.z4"):
             MIET(sums, MIETSettings(**settings), [0])  # type: ignore[arg-type]
     with pytest.raises(LookupError, match=r"last needs the taps .* \(there are z0\.\.z4\)"):

@@ -27,6 +27,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("miet", {"rank": 4}),
     ("miet", {"rank": 4, "modules": 3, "heads": 2, "k": 3, "pool": "cls"}),
     ("miet", {"rank": 4, "modules": 5, "groups": 2, "gather": "normsum"}),
+    ("miet", {"rank": 4, "head": "last"}),
     ("last", {"rank": 4}),
     ("last", {"rank": 4, "gap": 2, "depth": 3, "heads": 2, "pool": "cls"}),
 ]
