@@ -49,6 +49,7 @@ SYSTEMS = {
     "miet_int8": System("miet", "sum_int8", {}, like="miet_float32"),
     "miet_normsum": System("miet", "full", {}, {"gather": "normsum"}, like="miet_float32"),
     "miet_3_sums": System("miet", "full", {}, {"groups": "3", "modules": "6"}, like="miet_float32"),
+    "miet_head_last": System("miet", "full", {}, {"head": "last"}, like="miet_float32"),
     "last": System("last", "full", {"lr": SIDE_LR}),
 }
 CACHES = {  # how each is made: flags of extract, or the cache it is copied from and flags of copy
