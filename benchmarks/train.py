@@ -203,12 +203,12 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     backbone.keep(spec.taps)
     (stack,) = make_stacks([Member(method="last")], spec, device)
     images, labels = random_batch(options, device)
-    shape = (options.batch_size, options.taps, options.tokens, options.dim)
-    features = torch.empty(shape, dtype=torch.float16, device=device)
+    shape = (options.batch_size, options.tokens, options.dim)
+    features = {tap: torch.empty(shape, dtype=torch.float16, device=device) for tap in spec.taps}
     lr = torch.tensor([LEARNING_RATE], device=device)
 
-    def keep(position: int, tokens: torch.Tensor) -> None:
-        features[:, position].copy_(tokens)
+    def keep(tap: str, tokens: torch.Tensor) -> None:
+        features[tap].copy_(tokens)
 
     def run() -> float:
         for number in range(options.steps):
