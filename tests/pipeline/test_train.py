@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,40 @@ def test_a_member_among_others_is_the_member_alone(zarr_cache: Path, tmp_path: P
         theirs = Run(tmp_path / "alone").metrics()
         for name in ("val_loss", "val_top1"):
             assert [m[name] for m in ours] == pytest.approx([m[name] for m in theirs], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("last", {"rank": 4}),
+        ("lst", {"reduction": 4}),
+        ("miet", {"rank": 4, "modules": 2}),
+        ("attentive", {}),
+        ("linear", {}),
+    ],
+)
+def test_together_equals_alone_over_many_steps(
+    zarr_cache: Path, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    """54 steps beside 24 others of its own and of another method, drop-path on: the same losses.
+
+    Weights are not compared: a key's bias changes nothing (softmax cancels it), so its gradient is
+    rounding noise, which Adam makes as large as any other.
+    """
+
+    def member(number: int, chosen: str = method) -> Member:
+        own = settings if chosen == method else {}
+        return Member(method=chosen, epochs=18, warmup_epochs=2, settings=own, drop_path=0.2,
+                      seed=number, lr=1e-3 * (1 + number % 3))  # fmt: skip
+
+    mine = member(100)
+    others = [member(i) for i in range(20)] + [member(i, "linear") for i in range(4)]
+    train(train_config(zarr_cache, tmp_path / "alone", mine))
+    train(train_config(zarr_cache, tmp_path / "among", *others[:9], mine, *others[9:]))
+    alone = Run(tmp_path / "alone").metrics()
+    among = [line for line in Run(tmp_path / "among").metrics() if line["member"] == "m9"]
+    for name in ("train_loss", "val_loss"):
+        assert [m[name] for m in among] == pytest.approx([m[name] for m in alone], rel=1e-4)
 
 
 def test_a_member_with_nan_stops_alone(zarr_cache: Path, tmp_path: Path) -> None:
