@@ -16,6 +16,7 @@ Shape legend, used in every file of `pipeline/side`:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -54,18 +55,18 @@ class FeatureSpec:
     norm_bias: Tensor | None = field(default=None, compare=False)
     blocks: tuple[Mapping[str, Any], ...] = ()
 
-    def common_shape(self, taps: Sequence[str], method: str) -> TokenShape:
-        """The one shape that `taps` have. Raises ValueError naming the shapes if they differ."""
-        shapes = {self.taps[tap] for tap in taps}
-        if len(shapes) == 1:
-            return shapes.pop()
+    def common_shape(self, taps: Sequence[str]) -> TokenShape:
+        """The one shape of taps to be added up. Raises ValueError naming them if they differ."""
+        runs = [list(run) for _, run in itertools.groupby(taps, self.taps.__getitem__)]
+        shapes = [self.taps[run[0]] for run in runs]
+        if len(set(shapes)) == 1:
+            return shapes[0]
         told = ", ".join(
-            f"{tap}: {shape.tokens} x {shape.dim}"
-            for tap, shape in self.taps.items()
-            if tap in taps
+            f"{listed(run)}: {shape.tokens} x {shape.dim}"
+            for run, shape in zip(runs, shapes, strict=True)
         )
         raise ValueError(
-            f"{method} adds taps up, and those of this backbone have unequal shapes ({told}); "
+            f"taps are added up, and those of this backbone have unequal shapes ({told}); "
             f"expected a plain ViT. linear, attentive and lst work on such a backbone."
         )
 
@@ -190,6 +191,18 @@ def block_taps(taps: Sequence[str]) -> list[int]:
     return [int(tap[1:]) for tap in taps if tap[1:].isdigit()]
 
 
+def listed(taps: Sequence[str]) -> str:
+    """Names for a message, runs of neighbours drawn together: `z0 … z4, z7`."""
+    runs: list[list[str]] = []
+    for tap in taps:
+        number = int(tap[1:]) if tap[1:].isdigit() else None
+        if runs and number and runs[-1][-1] == f"z{number - 1}":
+            runs[-1].append(tap)
+        else:
+            runs.append([tap])
+    return ", ".join(f"{run[0]} … {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
+
+
 def find_taps(wanted: Sequence[str], available: Sequence[str], method: str) -> tuple[str, ...]:
     """`wanted`, or LookupError naming the taps that are lacking."""
     missing = [tap for tap in wanted if tap not in available]
@@ -198,8 +211,8 @@ def find_taps(wanted: Sequence[str], available: Sequence[str], method: str) -> t
         if not block_taps(available):
             advice = "Sums are what miet alone reads; extract again without --gather."
         raise LookupError(
-            f"{method} needs the taps {', '.join(wanted)}; {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} lacking (there are {', '.join(available)}). "
+            f"{method} needs the taps {listed(wanted)}; {listed(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} lacking (there are {listed(available)}). "
             f"{advice}"
         )
     return tuple(wanted)

@@ -68,7 +68,7 @@ class LAST(SideNetwork):
     def __init__(self, spec: FeatureSpec, settings: LASTSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)
         self.reads = self._group_ends(settings.gap, tuple(spec.taps))
-        self.shape = spec.common_shape(self.reads, self.method)
+        self.shape = spec.common_shape(self.reads)
         check_pool(settings.pool, self.shape)
         groups = range(len(self.reads) - 1)
         state_of = [group for group in groups for _ in range(settings.depth)]

@@ -80,7 +80,7 @@ class Linear(SideNetwork):
         self.norms = nn.ModuleList(FrozenNorm(spec, dim) for dim in dims)
         width = sum(dims) + (dims[-1] if settings.pool == "clsmean" else 0)
         if settings.merge == "mean":
-            width = spec.common_shape(self.reads, "linear with merge = mean").dim
+            width = spec.common_shape(self.reads).dim
         self.head = Head(width, spec.classes, seeds)
 
     def make_operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:

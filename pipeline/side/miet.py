@@ -92,7 +92,7 @@ class MIET(SideNetwork):
         self.reads = self.gather.names
         sources = self.sources(tuple(spec.taps))
         summed = [tap for tap in sources if tap != self.gather.pool_name]
-        self.shape = spec.common_shape(summed, self.method)
+        self.shape = spec.common_shape(summed)
         check_pool(settings.pool, self.shape)
         groups = self.gather.groups
         state_of = [j * groups // settings.modules for j in range(settings.modules)]

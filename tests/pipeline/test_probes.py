@@ -68,7 +68,7 @@ def test_impossible_linear_settings(
 
 
 def test_linear_names_a_tap_that_is_not_there(make_spec: MakeSpec) -> None:
-    with pytest.raises(LookupError, match=r"z7 is lacking \(there are z0, z1"):
+    with pytest.raises(LookupError, match=r"z7 is lacking \(there are z0 … z4\)"):
         Linear(make_spec(), LinearSettings(tap=7), [0])
 
 

@@ -112,7 +112,7 @@ def test_methods_without_a_sum_train_on_stages(
 
 @pytest.mark.parametrize("method", ["last", "miet"])
 def test_methods_with_a_sum_refuse(staged_cache: Path, tmp_path: Path, method: str) -> None:
-    with pytest.raises(SettingError, match=r"adds taps up, and those .* have unequal shapes"):
+    with pytest.raises(SettingError, match=r"taps are added up, and those .* have unequal shapes"):
         train(train_config(staged_cache, tmp_path / "run", Member(method=method)))
 
 
