@@ -34,7 +34,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,7 @@ class LST(SideNetwork):
 
     method = "lst"
     settings_class = LSTSettings
+    recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
 
     def __init__(self, spec: FeatureSpec, settings: LSTSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,7 @@ class MIET(SideNetwork):
 
     method = "miet"
     settings_class = MIETSettings
+    recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
 
     def __init__(self, spec: FeatureSpec, settings: MIETSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)
