@@ -103,8 +103,11 @@ class TokenBuffer:
         for stack in manifest.stacks:
             name, shape = stack.name, (size, 1, *manifest.stored_shape(stack.name))
             host = self.host[name] = host_buffer(shape, manifest.storage, pinned=on_gpu)
-            on_device = torch.empty(shape, dtype=host.tensor.dtype, device=device)
-            self.into[name] = on_device if on_gpu else host.tensor
+            self.into[name] = (
+                torch.empty(shape, dtype=host.tensor.dtype, device=device)
+                if on_gpu
+                else host.tensor
+            )
             self.extremes[name] = torch.zeros(len(stack.taps), 2, device=device)
             self.errors[name] = torch.zeros(len(stack.taps), 3, device=device)
             for tap in layout.gather.sums if layout.gather else ():

@@ -14,13 +14,14 @@ Sums are taken in float32, whatever comes in.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-EPS = 1e-6  # of the normalisation: timm's ViTs use it throughout
+from pipeline.side.layers import LN_EPS, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Gather:
                 f"{self.groups} groups of z0 … z{self.k}: expected 1 to {self.k + 1} groups"
             )
 
-    @property
+    @functools.cached_property
     def sums(self) -> dict[str, tuple[str, ...]]:
         """Name of each sum → the taps that are added up in it; lengths differ by at most one."""
         shortest, longer = divmod(self.k + 1, self.groups)
@@ -66,9 +67,9 @@ class Gather:
 
     def addend(self, tokens: Tensor) -> Tensor:
         """What a map (…, T, D) adds to its sum, in float32 or wider."""
-        values = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        values = tokens.to(wide(tokens.dtype))
         if self.normed:
-            return torch.nn.functional.layer_norm(values, values.shape[-1:], eps=EPS)
+            return torch.nn.functional.layer_norm(values, values.shape[-1:], eps=LN_EPS)
         return values
 
     def reduce(self, features: Mapping[str, Tensor], prefix_tokens: int) -> dict[str, Tensor]:
@@ -87,7 +88,7 @@ class Gather:
 def pool_both(tokens: Tensor, prefix_tokens: int) -> Tensor:
     """(…, T, D) → (…, 2, D) in float32 or wider: first token and mean patch token; (…, 1, D) where
     there is no prefix token."""
-    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    tokens = tokens.to(wide(tokens.dtype))
     mean = tokens[..., prefix_tokens:, :].mean(dim=-2, keepdim=True)
     return torch.cat([tokens[..., :1, :], mean], dim=-2) if prefix_tokens else mean
 
