@@ -352,10 +352,19 @@ def inspect(cache: str, as_json: bool) -> None:
             )
     lines.append(("splits", ", ".join(f"{k} {v:,}" for k, v in found.splits.items())))
     for name, classes in found.targets.items():
+        if found.kinds[name] == "regression":
+            rows, *spread = classes.items()
+            shown = "".join(f", {k} {v:.4g}" for k, v in spread if v is not None)
+            lines.append((f"target {name}", f"regression, {rows[1]:,} rows{shown}"))
+            continue
         few = list(classes.items())[:8]
         more = f", … {len(classes) - 8} more" if len(classes) > 8 else ""
         counts = ", ".join(f"{k} {v:,}" for k, v in few)
-        lines.append((f"target {name}", f"{len(classes)} classes: {counts}{more}"))
+        kind = "" if found.kinds[name] == "class" else f"{found.kinds[name]}, "
+        lines.append((f"target {name}", f"{kind}{len(classes)} classes: {counts}{more}"))
+    if found.seconds is not None:
+        made = "copying" if "copied" in found.identity else "extraction"
+        lines.append((made, f"{found.seconds:,.{0 if found.seconds >= 10 else 2}f} s"))
     lines += [(f"skipped row {row}", reason) for row, reason in found.skipped.items()]
     lines += list(_flatten(found.identity))
     lines += [("fingerprint", found.fingerprint), ("content", found.content or "(incomplete)")]

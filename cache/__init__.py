@@ -30,6 +30,7 @@ from cache.errors import (
 from cache.inspect import Inspection, inspect
 from cache.manifest import Manifest, Stack, Target, differences
 from cache.reader import Reader
+from cache.tables import row_tables
 from cache.verify import Damage, Progress, Verification, verify
 from cache.writer import Writer
 
@@ -63,5 +64,6 @@ __all__ = [
     "encode",
     "encode_keys",
     "inspect",
+    "row_tables",
     "verify",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cache.ledger import Error, add_errors
+from cache.manifest import Target
 from cache.reader import Reader
 
 
@@ -15,7 +16,10 @@ from cache.reader import Reader
 class Inspection:
     """What is known of a cache; `content` is None while rows are missing.
 
-    bytes: of all rows, once complete. splits, targets: number of rows per split and per class.
+    bytes: of all rows, once complete. splits: number of rows in each.
+    targets: per target, the number of rows of each class; of a regression, the `rows` with a value
+        and their `min`, `mean` and `max` (None where no row has one). kinds: what each target is.
+    seconds: wall time that the finished shards took, over all legs; None where it is not known.
     error: per stack, what rounding to the storage type lost where it was measured: `relative`, the
         norm of all errors over the norm of the values, and `worst_token`, the same of the token
         where it is largest. Empty when nothing was measured.
@@ -35,8 +39,10 @@ class Inspection:
     rows_per_shard: int
     stacks: list[dict[str, Any]]
     splits: dict[str, int]
-    targets: dict[str, dict[str, int]]
+    targets: dict[str, dict[str, int | float | None]]
+    kinds: dict[str, str]
     skipped: dict[int, str]
+    seconds: float | None
     error: dict[str, dict[str, float]]
     notes: dict[str, Any]
 
@@ -68,10 +74,12 @@ def inspect(location: str | Path) -> Inspection:
             stacks=manifest.to_dict()["stacks"],
             splits=_counts(reader.table("split"), manifest.splits) if manifest.splits else {},
             targets={
-                target.name: _counts(reader.labels(target.name), target.classes)
+                target.name: _described(target, reader.labels(target.name))
                 for target in manifest.targets
             },
+            kinds={target.name: target.kind for target in manifest.targets},
             skipped=reader.skipped,
+            seconds=reader.seconds,
             error={stack: _relative(add_errors(parts)) for stack, parts in reader.errors.items()},
             notes=dict(manifest.notes),
         )
@@ -80,6 +88,21 @@ def inspect(location: str | Path) -> Inspection:
 def _relative(error: Error) -> dict[str, float]:
     squares, exact, worst = error
     return {"relative": math.sqrt(squares / exact) if exact else 0.0, "worst_token": worst}
+
+
+def _described(target: Target, labels: np.ndarray) -> dict[str, int | float | None]:
+    match target.kind:
+        case "class":
+            return {**_counts(labels, target.classes)}
+        case "multilabel":
+            counts = (labels == 1).sum(axis=0).tolist()
+            return dict(zip(target.classes, counts, strict=True))
+        case _:
+            known = labels[~np.isnan(labels)].astype(np.float64)
+            if not len(known):
+                return {"rows": 0, "min": None, "mean": None, "max": None}
+            least, mean, most = float(known.min()), float(known.mean()), float(known.max())
+            return {"rows": len(known), "min": least, "mean": mean, "max": most}
 
 
 def _counts(indices: np.ndarray, names: tuple[str, ...]) -> dict[str, int]:

@@ -4,7 +4,8 @@ A record is published after the shard's data are on disk, so its presence is the
 shard is whole. It is a zero-padded run of bytes of fixed length, which each backend keeps in its
 own way. It ends in a checksum of itself: a record torn by a power cut counts as not there.
 
-A record may also say what rounding to the storage type lost, where the caller measured it.
+A record may also say what rounding to the storage type lost, where the caller measured it, and how
+long its shard took to write.
 """
 
 import json
@@ -35,6 +36,7 @@ class Record:
     digests: per stack, one xxh3_128 hex digest per row, over the row's bytes in all views.
     skipped: reason per row that has no features; its bytes are zeros.
     error: per stack that was measured, what rounding lost; sums and maximum over the shard.
+    seconds: wall time since the record before it, in the process that wrote both.
     """
 
     shard: int
@@ -42,14 +44,20 @@ class Record:
     digests: Mapping[str, Sequence[str]]
     skipped: Mapping[int, str]
     error: Mapping[str, Error] = field(default_factory=dict)
+    seconds: float | None = None
 
     def to_bytes(self, record_bytes: int) -> bytes:
-        """The record, padded with zeros to `record_bytes`; without `error` if there is no room."""
-        record = self._text()
-        if len(record) > record_bytes:  # laid out before records had an `error`
-            record = replace(self, error={})._text()
-        assert len(record) <= record_bytes, (len(record), record_bytes)
-        return record.ljust(record_bytes, b"\0")
+        """The record, padded with zeros to `record_bytes`.
+
+        Where a cache was laid out before records had an `error` or `seconds`, and there is no
+        room, they are left out.
+        """
+        without = replace(self, error={})
+        for record in (self, replace(self, seconds=None), without, replace(without, seconds=None)):
+            text = record._text()
+            if len(text) <= record_bytes:
+                return text.ljust(record_bytes, b"\0")
+        raise AssertionError((len(text), record_bytes))
 
     def _text(self) -> bytes:
         document: dict[str, Any] = {
@@ -60,6 +68,8 @@ class Record:
         }
         if self.error:
             document["error"] = {stack: list(error) for stack, error in self.error.items()}
+        if self.seconds is not None:
+            document["seconds"] = round(self.seconds, 3)
         head = canonical_json(document).encode()[:-1]
         return head + _CHECK + xxhash.xxh3_128_hexdigest(head).encode() + b'"}'
 
@@ -78,6 +88,7 @@ class Record:
             digests=document["digests"],
             skipped={int(row): reason for row, reason in document["skipped"].items()},
             error={stack: tuple(error) for stack, error in document.get("error", {}).items()},
+            seconds=document.get("seconds"),
         )
 
     def belongs_to(self, manifest: Manifest, shard: int) -> bool:
@@ -91,12 +102,13 @@ class Record:
 
 
 def record_bytes(manifest: Manifest) -> int:
-    """Length of every record: room for all digests, a reason on every row, and all errors."""
+    """Length of every record: room for digests, a reason on every row, errors and seconds."""
     rows = min(manifest.rows_per_shard, manifest.rows)
     digests = sum(len(stack.name) + 8 + rows * 35 for stack in manifest.stacks)
     skipped = rows * (REASON_BYTES + len(str(manifest.rows)) + 4)
     error = sum(len(stack.name) + 8 + 3 * _NUMBER_BYTES for stack in manifest.stacks)
-    return 256 + digests + skipped + len('"error":{},') + error
+    seconds = len('"seconds":,') + _NUMBER_BYTES
+    return 256 + digests + skipped + len('"error":{},') + error + seconds
 
 
 def read_record(data: bytes | None, manifest: Manifest, shard: int) -> Record | None:

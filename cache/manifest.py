@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 SHARD_BYTES = 64 * 2**20  # large enough for full disk speed, small enough to lose in a crash
 MOST_ROWS_PER_SHARD = 4096
 ABSENT = "(absent)"
+LABEL_DTYPES = {"class": "int64", "multilabel": "int8", "regression": "float32"}  # kind → table
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -61,11 +62,21 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Something to predict: the table `labels/<name>` holds a class index per row, -1 for none."""
+    """Something to predict; the table `labels/<name>` holds it for every row.
+
+    | kind | table | a row without |
+    |---|---|---|
+    | class | int64 (rows,), a class index | -1 |
+    | multilabel | int8 (rows, classes), 1 where the class applies, else 0 | -1 throughout |
+    | regression | float32 (rows,), a finite number | NaN |
+
+    A regression has no classes, a multilabel target at least one; a class target without any is
+    one for which no row has a label.
+    """
 
     name: str
     kind: str = "class"
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -73,10 +84,24 @@ class Target:
             raise ValueError(
                 f"target name {self.name!r}: expected lower-case letters, digits and _"
             )
-        if self.kind != "class":
-            raise ValueError(f"target {self.name!r}: kind {self.kind!r} is unknown, use 'class'")
+        if self.kind not in LABEL_DTYPES:
+            raise ValueError(
+                f"target {self.name!r}: kind {self.kind!r} is unknown, expected one of "
+                f"{', '.join(LABEL_DTYPES)}"
+            )
+        if self.kind == "regression" and self.classes:
+            raise ValueError(
+                f"target {self.name!r}: a regression has no classes, received {len(self.classes)}"
+            )
+        if self.kind == "multilabel" and not self.classes:
+            raise ValueError(f"target {self.name!r}: expected one class or more, received none")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"target {self.name!r}: two classes have the same name")
+
+    def layout(self, rows: int) -> tuple[str, tuple[int, ...]]:
+        """(dtype, shape) of the table of so many rows."""
+        shape = (rows, len(self.classes)) if self.kind == "multilabel" else (rows,)
+        return LABEL_DTYPES[self.kind], shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ once. A reader may be pickled and forked: it reopens its files where it finds it
 import functools
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from cache.encoding import decode_keys
 from cache.errors import CacheDamaged, CacheIncomplete, NameMissing, TapMissing
 from cache.ledger import Error, Record, read_record
 from cache.location import open_backend
-from cache.manifest import Stack, canonical_json
+from cache.manifest import Stack, Target, canonical_json
 from cache.tables import read_table
 
 Rows = Sequence[int] | np.ndarray | range
@@ -37,7 +38,8 @@ class Reader:
 
     Besides what follows: `location` (absolute), `manifest`, `fingerprint`, `skipped` (reason per
     row that has no features), `errors` (per stack, what rounding lost in each shard where that was
-    measured, see docs/format.md) and `backend` (the layout, for `cache` itself).
+    measured, see docs/format.md), `seconds` (wall time that the finished shards took, all legs and
+    workers together; None where no record says) and `backend` (the layout, for `cache` itself).
 
     Raises: LocationError, CacheNotFound, CacheIncomplete, CacheDamaged, FormatVersionError.
     """
@@ -50,6 +52,7 @@ class Reader:
         self.skipped: dict[int, str] = {}
         self.errors: dict[str, list[Error]] = {}
         self._done = np.zeros(self.manifest.shards, bool)
+        seconds: list[float] = []
         for shard, record in self._records():
             if record is None:
                 continue
@@ -57,6 +60,9 @@ class Reader:
             self.skipped |= record.skipped
             for stack, error in record.error.items():
                 self.errors.setdefault(stack, []).append(error)
+            if record.seconds is not None:
+                seconds.append(record.seconds)
+        self.seconds = round(math.fsum(seconds), 3) if seconds else None
         if not self.complete and not allow_incomplete:
             raise CacheIncomplete(
                 f"{location}: {self.rows_done} of {self.manifest.rows} rows are done: "
@@ -101,12 +107,22 @@ class Reader:
         """One key per row."""
         return decode_keys(self.table("keys"))
 
-    def labels(self, target: str = "label") -> np.ndarray:
-        """Class index of every row, int64 (rows,), -1 for none. Raises NameMissing."""
-        names = [known.name for known in self.manifest.targets]
-        if target not in names:
-            raise NameMissing(f"no target {target!r} in {self.location}: it holds {_listed(names)}")
-        return self.table(f"labels/{target}")
+    def target(self, name: str | None = None) -> Target:
+        """The target of that name; None: the first. Raises NameMissing listing those there are."""
+        targets = self.manifest.targets
+        for target in targets:
+            if name in (None, target.name):
+                return target
+        names = _listed([target.name for target in targets])
+        asked = "" if name is None else f" {name!r}"
+        raise NameMissing(f"no target{asked} in {self.location}: it holds {names}")
+
+    def labels(self, target: str | None = None) -> np.ndarray:
+        """What is to be predicted for every row, as `Target` says; None: of the first target.
+
+        Raises NameMissing.
+        """
+        return self.table(f"labels/{self.target(target).name}")
 
     def split_rows(self, *names: str) -> np.ndarray:
         """Rows of the named splits, int64, in row order, skipped ones left out; no name: all rows.

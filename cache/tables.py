@@ -3,7 +3,9 @@
 | table | dtype | shape | holds |
 |---|---|---|---|
 | keys | uint8 | any | a JSON list of strings, one key per row (`encode_keys`) |
-| labels/<target> | int64 | (rows,) | class index, -1 for none |
+| labels/<target> | int64 | (rows,) | of a class target: class index, -1 for none |
+| labels/<target> | int8 | (rows, classes) | multilabel: 1 or 0 per class, -1 throughout for none |
+| labels/<target> | float32 | (rows,) | regression: finite, NaN for none |
 | split | uint8 | (rows,) | index into the manifest's splits |
 | source_sha256 | uint8 | (rows, 32) | digest of the source file |
 | final_norm/weight, final_norm/bias | float32 | (dim,) | the backbone's last norm |
@@ -22,7 +24,7 @@ from cache import files
 from cache.backend import Backend
 from cache.encoding import decode_keys
 from cache.errors import CacheDamaged, NameMissing
-from cache.manifest import Manifest
+from cache.manifest import Manifest, Target
 
 _NAME = re.compile(r"(?!(stacks|scales|ledger|manifest)(/|$))[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)*")
 
@@ -32,15 +34,8 @@ def check_tables(manifest: Manifest, tables: Mapping[str, np.ndarray]) -> dict[s
 
     Raises ValueError naming the table, what was expected and what came.
     """
-    rows = manifest.rows
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {"source_sha256": ("uint8", (rows, 32))}
-    needed = {"keys"}
-    if manifest.splits:
-        needed.add("split")
-        shapes["split"] = "uint8", (rows,)
-    for target in manifest.targets:
-        needed.add(f"labels/{target.name}")
-        shapes[f"labels/{target.name}"] = "int64", (rows,)
+    layouts = row_tables(manifest)
+    needed = {"keys", *layouts} - {"source_sha256"}
     if missing := sorted(needed - set(tables)):
         raise ValueError(f"tables {missing} are missing: the manifest asks for {sorted(needed)}")
     for name, table in tables.items():
@@ -50,7 +45,7 @@ def check_tables(manifest: Manifest, tables: Mapping[str, np.ndarray]) -> dict[s
             raise ValueError(
                 f"table {name!r}: expected numbers, received {table.dtype} {table.shape}"
             )
-        dtype, shape = shapes.get(name, (table.dtype.name, table.shape))
+        dtype, shape = layouts.get(name, (table.dtype.name, table.shape))
         if (table.dtype.name, table.shape) != (dtype, shape):
             raise ValueError(
                 f"table {name!r}: expected {dtype} {shape}, received {table.dtype} {table.shape}"
@@ -60,6 +55,18 @@ def check_tables(manifest: Manifest, tables: Mapping[str, np.ndarray]) -> dict[s
         name: np.ascontiguousarray(table.astype(table.dtype.newbyteorder("<"), copy=False))
         for name, table in tables.items()
     }
+
+
+def row_tables(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tables whose first axis is the rows, with dtype and shape; `source_sha256` may be absent.
+
+    `keys` has a value a row too, but as text: `decode_keys`.
+    """
+    rows = manifest.rows
+    layouts = {f"labels/{target.name}": target.layout(rows) for target in manifest.targets}
+    if manifest.splits:
+        layouts["split"] = "uint8", (rows,)
+    return layouts | {"source_sha256": ("uint8", (rows, 32))}
 
 
 def read_table(backend: Backend, name: str) -> np.ndarray:
@@ -86,13 +93,29 @@ def _check_values(manifest: Manifest, tables: Mapping[str, np.ndarray]) -> None:
     keys = len(decode_keys(tables["keys"]))
     if keys != manifest.rows:
         raise ValueError(f"table 'keys' has {keys} keys, expected one per row: {manifest.rows}")
-    limits = {f"labels/{t.name}": (-1, len(t.classes)) for t in manifest.targets}
+    checks = {f"labels/{target.name}": _wrong_labels(target, tables) for target in manifest.targets}
     if manifest.splits:
-        limits["split"] = (0, len(manifest.splits))
-    for name, (low, end) in limits.items():
-        wrong = (tables[name] < low) | (tables[name] >= end)
+        checks["split"] = (
+            tables["split"] >= len(manifest.splits),
+            f"0 to {len(manifest.splits) - 1}",
+        )
+    for name, (wrong, expected) in checks.items():
         if wrong.any():
             row = int(wrong.argmax())
             raise ValueError(
-                f"table {name!r}: row {row} is {tables[name][row]}, expected {low} to {end - 1}"
+                f"table {name!r}: row {row} is {tables[name][row]}, expected {expected}"
             )
+
+
+def _wrong_labels(target: Target, tables: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
+    """Which rows hold what they must not, bool (rows,); and what was expected of them."""
+    values = tables[f"labels/{target.name}"]
+    match target.kind:
+        case "class":
+            end = len(target.classes)
+            return (values < -1) | (values >= end), f"a class index below {end}, or -1 (none)"
+        case "multilabel":
+            fits = ((values == 0) | (values == 1)).all(axis=1) | (values == -1).all(axis=1)
+            return ~fits, "0 or 1 for every class, or -1 for every class (none)"
+        case _:
+            return np.isinf(values), "a finite number, or NaN (none)"

@@ -12,6 +12,7 @@ import errno
 import math
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ class Writer:
         self._lock = threading.Lock()
         self._open: dict[int, _OpenShard] = {}
         self._closed = False
+        self._published = time.perf_counter()  # the last record, or the beginning
 
     @classmethod
     def open(
@@ -280,20 +282,27 @@ class Writer:
 
     def _publish(self, index: int, shard: _OpenShard) -> None:
         """Data to the disk first, then the record that vouches for them."""
-        record = Record(
-            shard=index,
-            rows=(shard.rows.start, shard.rows.stop),
-            digests=shard.digests,
-            skipped=shard.skipped,
-            error={stack: add_errors(parts) for stack, parts in shard.errors.items()},
-        )
         with _full_disk_explained(self.location):
             for stack, (fd, _) in shard.places.items():
                 self._backend.seal(stack, index, fd)
+            record = Record(
+                shard=index,
+                rows=(shard.rows.start, shard.rows.stop),
+                digests=shard.digests,
+                skipped=shard.skipped,
+                error={stack: add_errors(parts) for stack, parts in shard.errors.items()},
+                seconds=self._seconds_since_last(),
+            )
             self._backend.write_record(index, record.to_bytes(self._backend.record_bytes))
         with self._lock:
             self._done.add(index)
             self._release(index)
+
+    def _seconds_since_last(self) -> float:
+        """Threads publish at the same time; their records' seconds add up to the wall time."""
+        with self._lock:
+            before, self._published = self._published, time.perf_counter()
+            return self._published - before
 
     def _release(self, index: int) -> None:
         for fd, _ in self._open.pop(index).places.values():

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Manifest, Reader, Stack, Writer, decode_keys, encode_keys
+from cache import Manifest, Reader, Stack, Writer, decode_keys, encode_keys, row_tables
 from pipeline.config import CopyConfig
 from pipeline.errors import SettingError
 from pipeline.layout import gathered_stacks
@@ -214,8 +214,7 @@ def _tables(config: CopyConfig, reader: Reader, rows: np.ndarray) -> dict[str, n
     names = reader.backend.document["tables"]
     tables = {name: reader.table(name) for name in names}
     keys = decode_keys(tables["keys"])
-    per_row = [n for n in names if n in ("split", "source_sha256") or n.startswith("labels/")]
-    tables |= {name: tables[name][rows] for name in per_row}
+    tables |= {name: tables[name][rows] for name in row_tables(reader.manifest) if name in names}
     tables["keys"] = encode_keys([keys[row] for row in rows])
     if config.split is not None:
         old = reader.manifest.splits

@@ -109,9 +109,9 @@ def _live(
     from pipeline.live import go_live  # stage two must not need these
     from pipeline.sources import open_source
 
-    source = open_source(images, splits=tuple(split), classes=tuple(trained.classes))
+    source = open_source(images, splits=tuple(split), classes={"label": tuple(trained.classes)})
     live = go_live(trained, weights=weights, device=device, amp=amp)
-    labels = torch.tensor([row.label for row in source.rows], device=device)
+    labels = torch.from_numpy(source.target("label").values).to(device)
     tally = Tally(1, device)
     for start, logits, failures in live.batches(source, batch_size=batch_size, workers=workers):
         if failures:

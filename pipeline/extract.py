@@ -34,7 +34,7 @@ from pipeline.backbone import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
 from pipeline.device import name_of, pick_device, pick_precision, precision_name
 from pipeline.errors import ImageError, SettingError
-from pipeline.images import Source, source_digests
+from pipeline.images import Labels, Source, source_digests
 from pipeline.layout import Layout, TokenBuffer, plan_layout
 from pipeline.loader import ImageBatch, image_batches
 from pipeline.prune import ladder_tables
@@ -284,8 +284,7 @@ def _manifest(
         "source": {
             "files": hashlib.sha256(digests.tobytes()).hexdigest(),
             "keys": _sha256([row.key for row in rows]),
-            "labels": _sha256([row.label for row in rows]),
-            "classes": _sha256(list(source.classes)),
+            **_identity_of(source.targets),
             "splits": _sha256([row.split for row in rows]),
         },
         "versions": {"timm": version("timm"), "torch": torch.__version__.split("+")[0]},
@@ -305,11 +304,31 @@ def _manifest(
         rows=len(rows),
         stacks=layout.stacks,
         blocks=backbone.block_descriptions,
-        targets=(Target(name="label", classes=source.classes),),
+        targets=tuple(
+            Target(name=target.name, kind=target.kind, classes=target.classes)
+            for target in source.targets
+        ),
         splits=tuple(source.splits),
         final_norm={"kind": norm.kind, "eps": norm.eps},
         notes={"created_by": f"sidecache {version('sidecache')}", "source": source.description},
     )
+
+
+def _identity_of(targets: Sequence[Labels]) -> dict[str, Any]:
+    """Of what is to be predicted: the class "label" alone as ever, anything else by name."""
+    if [(target.name, target.kind) for target in targets] == [("label", "class")]:
+        (label,) = targets
+        return {
+            "labels": _sha256(label.values.tolist()),
+            "classes": _sha256(list(label.classes)),
+        }
+    named = {}
+    for target in targets:
+        digest = hashlib.sha256(target.values.tobytes()).hexdigest()
+        named[target.name] = {"kind": target.kind, "labels": digest}
+        if target.classes:
+            named[target.name]["classes"] = _sha256(list(target.classes))
+    return {"targets": named}
 
 
 def _ladder(
@@ -328,11 +347,13 @@ def _ladder(
     except CacheError:
         pass  # no cache yet, or one that the writer will refuse or replace
     transform = backbone.preprocessing.transform()
-    rows = _fisher_rows(config, source) if config.ladder_init == "fisher" else []
+    target = _fisher_target(source) if config.ladder_init == "fisher" else None
+    rows = _fisher_rows(config, source, target) if target else []
 
     def images() -> Iterator[tuple[Tensor, int]]:
         for row in rows:
-            yield transform(source.open(row)).to(backbone.device), source.rows[row].label
+            assert target is not None
+            yield transform(source.open(row)).to(backbone.device), int(target.values[row])
 
     try:
         return ladder_tables(
@@ -341,7 +362,7 @@ def _ladder(
             reduction=config.reduction,
             layers=_layers(config, backbone),
             images=images,
-            classes=len(source.classes),
+            classes=len(target.classes) if target else 0,
             pool="cls" if backbone.prefix_tokens else "mean",
             prefix_tokens=backbone.prefix_tokens,
             device=backbone.device,
@@ -359,9 +380,22 @@ def _layers(config: ExtractConfig, backbone: Backbone) -> tuple[int, ...]:
         raise SettingError(f"--keep-layers: {error}") from None
 
 
-def _fisher_rows(config: ExtractConfig, source: Source) -> list[int]:
+def _fisher_target(source: Source) -> Labels:
+    """The classes that the loss for the Fisher information tells apart."""
+    for target in source.targets:
+        if target.kind == "class":
+            return target
+    there = ", ".join(f"{target.name} ({target.kind})" for target in source.targets) or "nothing"
+    raise SettingError(
+        f"--ladder-init fisher: expected a target of kind class, as in a column label:NAME; there "
+        f"is {there}. --ladder-init magnitude needs none."
+    )
+
+
+def _fisher_rows(config: ExtractConfig, source: Source, target: Labels) -> list[int]:
     """Numbers of labelled training images, drawn at random from --seed."""
-    labelled = [i for i, row in enumerate(source.rows) if row.split == "train" and row.label >= 0]
+    known = target.values >= 0
+    labelled = [i for i, row in enumerate(source.rows) if row.split == "train" and known[i]]
     if not labelled:
         raise SettingError(
             f"--ladder-init fisher: expected labelled images in a split called train, found none "
@@ -375,7 +409,7 @@ def _tables(source: Source, backbone: Backbone, digests: np.ndarray) -> dict[str
     rows, norm = source.rows, backbone.final_norm
     tables = {
         "keys": encode_keys([row.key for row in rows]),
-        "labels/label": np.array([row.label for row in rows], np.int64),
+        **{f"labels/{target.name}": target.values for target in source.targets},
         "split": np.array([source.splits.index(row.split) for row in rows], np.uint8),
         "source_sha256": digests,
     }

@@ -1,7 +1,7 @@
 """Where the images come from: rows in a fixed order, each decoded and hashed by its number.
 
-A `Source` says which images there are and how the bytes of one are read; `pipeline.sources` opens
-the kinds that there are.
+A `Source` says which images there are, what is to be predicted of them, and how the bytes of one
+are read; `pipeline.sources` opens the kinds that there are.
 
 Decoding is timm's: Pillow, then `convert("RGB")`. Hence no EXIF rotation, transparency is dropped
 rather than blended, the first frame of an animation counts, and 16-bit greyscale above 255
@@ -19,7 +19,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -49,11 +49,29 @@ REPAIR_OR_SKIP = f"{REPAIR}, or leave such rows out with --on-error skip"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One image: `key` is its path relative to the root (posix, unique), `label` -1 if unknown."""
+    """One image: `key` is its path relative to the root (posix, unique)."""
 
     key: str
-    label: int
     split: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Labels:
+    """What is to be predicted of every image, one target of a source; named as in a cache.
+
+    values, in order of rows: kind "class": class index, int64 (N,), -1 if unknown; "multilabel":
+    1 where a class applies, else 0, int8 (N, C), -1 throughout if unknown; "regression": float32
+    (N,), NaN if unknown, and no classes.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    values: np.ndarray
+
+    def take(self, rows: Sequence[int]) -> Labels:
+        """Those of some rows, in the order given."""
+        return replace(self, values=self.values[np.asarray(rows, np.int64)])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,12 +79,13 @@ class Source(ABC):
     """Images in a fixed order; a subclass says how the encoded bytes of one are read."""
 
     rows: Sequence[Row]
-    classes: tuple[str, ...]
+    targets: tuple[Labels, ...] = ()
     description: str
 
     def __post_init__(self) -> None:
         if not self.rows:
             raise SourceError(f"{self.description}: no images")
+        assert all(len(target.values) == len(self.rows) for target in self.targets)
         seen: set[str] = set()
         for row in self.rows:
             if row.key in seen:
@@ -79,6 +98,14 @@ class Source(ABC):
     def splits(self) -> tuple[str, ...]:
         """In order of appearance, but train, val and test first."""
         return ordered(row.split for row in self.rows)
+
+    def target(self, name: str) -> Labels:
+        """The target of that name. Raises SourceError listing those there are."""
+        for target in self.targets:
+            if target.name == name:
+                return target
+        names = some([target.name for target in self.targets], 10)
+        raise SourceError(f"{self.description}: no target {name!r}; there is {names}")
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -197,8 +224,9 @@ def index_labels(
     *,
     integers: bool,
     where: Callable[[int], str],
-) -> tuple[list[int], tuple[str, ...]]:
-    """Label texts → class numbers, and the classes they count by.
+    name: str = "label",
+) -> Labels:
+    """Label texts → the class target `name`: class numbers, and the classes they count by.
 
     With `classes`, a label is a class name, or, if `integers` and no class is itself named by a
     number, a class number. Without, labels that are all integers are numbers in "0" … "C-1", and
@@ -211,7 +239,7 @@ def index_labels(
         else:
             highest = max(map(int, labels), default=-1)
             classes = tuple(str(number) for number in range(highest + 1))
-    number_of = {name: number for number, name in enumerate(classes)}
+    number_of = {known: number for number, known in enumerate(classes)}
     number_of.setdefault("-1", -1)
     if integers and not any(map(is_integer, classes)):
         number_of |= {str(number): number for number in range(len(classes))}
@@ -221,7 +249,8 @@ def index_labels(
                 f"{where(position)}: the label {label!r} is none of the {len(classes)} known "
                 f"classes: {some(classes, 10)}"
             )
-    return [number_of[label] for label in labels], classes
+    values = np.array([number_of[label] for label in labels], np.int64)
+    return Labels(name=name, kind="class", classes=classes, values=values)
 
 
 def select_splits(

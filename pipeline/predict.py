@@ -44,8 +44,7 @@ def predict(
     trained = Run(run).load_member(member, chosen)
     files = list(dict.fromkeys(str(path) for path in photos(paths)))
     source = FileSource(
-        rows=[Row(key=path, label=-1, split="photos") for path in files],
-        classes=tuple(trained.classes),
+        rows=[Row(key=path, split="photos") for path in files],
         description="photographs",
         paths=files,
     )

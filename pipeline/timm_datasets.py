@@ -47,6 +47,7 @@ from pipeline.images import (
     REPAIR_OR_SKIP,
     SPLIT_NAMES,
     FileSource,
+    Labels,
     Row,
     Source,
     index_labels,
@@ -192,9 +193,9 @@ def open_tar(
     kept = select_splits((sample.split for sample in samples), splits, f"tar {path}")
     names = tuple(reader.class_idx_to_name[i] for i in range(len(reader.class_idx_to_name)))
     samples = [sample for sample in samples if sample.split in kept]
-    rows, classes = _rows(samples, names, classes, f"tar {path}")
+    rows, targets = _rows(samples, names, classes, f"tar {path}")
     spans = [sample.place for sample in samples]
-    return SpanSource(rows=rows, classes=classes, description=f"tar {path}", spans=spans)
+    return SpanSource(rows=rows, targets=targets, description=f"tar {path}", spans=spans)
 
 
 def _split_in_path(path: PurePosixPath) -> str:
@@ -241,9 +242,9 @@ def _open_wds(name: str, parts: list[_Part], classes: tuple[str, ...] | None) ->
                 spool = spool or Spool()
                 path = _fetch(os.path.join(root, shard), spool, f"{part}, shard {shard}")  # noqa: PTH118
             samples += _read_shard(path, str(shard), part, reader)
-    rows, classes = _rows(samples, None, classes, name)
+    rows, targets = _rows(samples, None, classes, name)
     spans = [sample.place for sample in samples]
-    return SpanSource(rows=rows, classes=classes, description=name, spans=spans, spool=spool)
+    return SpanSource(rows=rows, targets=targets, description=name, spans=spans, spool=spool)
 
 
 def _fetch(url: str, spool: Spool, what: str) -> Path:
@@ -328,16 +329,16 @@ def _open_hfds(name: str, parts: list[_Part], classes: tuple[str, ...] | None) -
     for part in parts:
         with _as_source_error(part.columns()):
             reader = _reader(part)
-            targets = list(reader.dataset[reader.label_key])
+            column = list(reader.dataset[reader.label_key])
         own = _names(reader.class_to_idx)
         names = _union(names, own)
         readers.append(reader)
         starts.append(len(samples))
-        for index, target in enumerate(targets):
+        for index, target in enumerate(column):
             samples.append(_Sample(part.key(index), _text(target, own), part.split, None))
-    rows, classes = _rows(samples, names, classes, name)
+    rows, targets = _rows(samples, names, classes, name)
     return ReaderSource(
-        rows=rows, classes=classes, description=name, readers=readers, starts=starts
+        rows=rows, targets=targets, description=name, readers=readers, starts=starts
     )
 
 
@@ -405,9 +406,9 @@ def _open_spooled(name: str, parts: list[_Part], classes: tuple[str, ...] | None
                 path.write_bytes(data)
                 label = _text(target, own)
                 samples.append(_Sample(part.key(index), label, part.split, str(path)))
-    rows, classes = _rows(samples, names, classes, name)
+    rows, targets = _rows(samples, names, classes, name)
     paths = [sample.place for sample in samples]
-    return SpooledSource(rows=rows, classes=classes, description=name, paths=paths, spool=spool)
+    return SpooledSource(rows=rows, targets=targets, description=name, paths=paths, spool=spool)
 
 
 _Images = tuple[dict[str, int], Iterable[tuple[bytes, Any]]]
@@ -482,12 +483,12 @@ def _open_torch(name: str, parts: list[_Part], classes: tuple[str, ...] | None) 
         datasets.append(dataset)
         starts.append(len(samples))
         samples += _torch_samples(dataset, part, own)
-    rows, classes = _rows(samples, names, classes, name)
+    rows, targets = _rows(samples, names, classes, name)
     if samples and samples[0].place is not None:
         paths = [sample.place for sample in samples]
-        return FileSource(rows=rows, classes=classes, description=name, paths=paths)
+        return FileSource(rows=rows, targets=targets, description=name, paths=paths)
     return PixelSource(
-        rows=rows, classes=classes, description=name, datasets=datasets, starts=starts
+        rows=rows, targets=targets, description=name, datasets=datasets, starts=starts
     )
 
 
@@ -553,19 +554,15 @@ def _rows(
     names: tuple[str, ...] | None,
     classes: tuple[str, ...] | None,
     what: str,
-) -> tuple[list[Row], tuple[str, ...]]:
+) -> tuple[list[Row], tuple[Labels]]:
     """`names`: the data set's own class names, where it has any; else labels are numbers."""
-    numbers, classes = index_labels(
+    target = index_labels(
         [sample.label for sample in samples],
         classes or names,
         integers=names is None,
         where=lambda position: f"{what}, {samples[position].key}",
     )
-    rows = [
-        Row(key=sample.key, label=number, split=sample.split)
-        for sample, number in zip(samples, numbers, strict=True)
-    ]
-    return rows, classes
+    return [Row(key=sample.key, split=sample.split) for sample in samples], (target,)
 
 
 def _names(class_to_idx: dict[str, int]) -> tuple[str, ...] | None:

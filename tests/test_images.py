@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cache import Target
 from pipeline.errors import ImageError, PipelineError, SettingError, SourceError
 from pipeline.images import (
     FileSource,
@@ -77,7 +78,12 @@ def says(error: BaseException, *fragments: str) -> None:
 
 
 def triples(source: Source) -> list[tuple[str, int, str]]:
-    return [(row.key, row.label, row.split) for row in source.rows]
+    numbers = numbers_of(source)
+    return [(row.key, n, row.split) for row, n in zip(source.rows, numbers, strict=True)]
+
+
+def numbers_of(source: Source) -> list[int]:
+    return source.target("label").values.tolist()
 
 
 # ---- folders
@@ -88,7 +94,7 @@ def test_folder_of_class_folders_is_all_train(tmp_path: Path) -> None:
     put(tmp_path / "dog/notes.txt", "no image")
     put(tmp_path / ".git/x.png", encoded())
     source = open_source(tmp_path)
-    assert source.classes == ("cat", "dog")
+    assert source.target("label").classes == ("cat", "dog")
     assert source.splits == ("train",)
     assert triples(source) == [
         ("cat/c.png", 0, "train"),
@@ -105,7 +111,7 @@ def test_split_folders_are_named_and_ordered(tmp_path: Path) -> None:
     (tmp_path / "documents").mkdir()
     source = open_source(tmp_path)
     assert source.splits == ("train", "val", "test")
-    assert source.classes == ("a", "b", "c")
+    assert source.target("label").classes == ("a", "b", "c")
     assert [row.key for row in source.rows] == [
         "train/a/1.png",
         "train/c/1.png",
@@ -117,7 +123,7 @@ def test_split_folders_are_named_and_ordered(tmp_path: Path) -> None:
 def test_classes_do_not_depend_on_the_splits_asked_for(tmp_path: Path) -> None:
     tree(tmp_path, "train/a/1.png", "train/b/1.png", "test/b/1.png")
     source = open_source(tmp_path, splits=("test",))
-    assert source.classes == ("a", "b")
+    assert source.target("label").classes == ("a", "b")
     assert triples(source) == [("test/b/1.png", 1, "test")]
     assert open_source(tmp_path, splits=("validation", "train")[1:]).splits == ("train",)
 
@@ -125,15 +131,17 @@ def test_classes_do_not_depend_on_the_splits_asked_for(tmp_path: Path) -> None:
 def test_classes_of_another_cache_number_the_folders(tmp_path: Path) -> None:
     tree(tmp_path, "b/1.png", "a/1.png")
     known = ("z", "b", "a")
-    source = open_source(tmp_path, classes=known)
-    assert source.classes == known
-    assert [row.label for row in source.rows] == [2, 1]
-    fails(tmp_path, str(tmp_path / "b"), "'b'", "2 known classes: a, c", classes=("a", "c"))
+    source = open_source(tmp_path, classes={"label": known})
+    assert source.target("label").classes == known
+    assert numbers_of(source) == [2, 1]
+    fails(
+        tmp_path, str(tmp_path / "b"), "'b'", "2 known classes: a, c", classes={"label": ("a", "c")}
+    )
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     tree(tmp_path, "car/1.png", "train/1.png")
-    assert open_source(tmp_path).classes == ("car", "train")
+    assert open_source(tmp_path).target("label").classes == ("car", "train")
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -185,7 +193,7 @@ def test_csv_keeps_file_order(tmp_path: Path) -> None:
     lines = "split, label,extra,path\nvalidation,dog,,x/2.png\ntrain,cat,,./x/1.png\n\n"
     lines += 'test,dog,,"y, z.png"\n'
     source = open_source(put(tmp_path / "list.csv", "\ufeff" + lines))
-    assert source.classes == ("cat", "dog")
+    assert source.target("label").classes == ("cat", "dog")
     assert source.splits == ("train", "val", "test")
     assert triples(source) == [
         ("x/2.png", 1, "val"),
@@ -199,19 +207,21 @@ def test_csv_without_split_is_train_and_integers_are_numbers(tmp_path: Path) -> 
     tree(tmp_path, "a.png", "b.png", "c.png")
     path = put(tmp_path / "list.csv", "path,label\na.png,3\nb.png,0\nc.png,-1\n")
     source = open_source(path)
-    assert source.classes == ("0", "1", "2", "3")
-    assert [row.label for row in source.rows] == [3, 0, -1]
+    assert source.target("label").classes == ("0", "1", "2", "3")
+    assert numbers_of(source) == [3, 0, -1]
     assert source.splits == ("train",)
-    assert [row.label for row in open_source(path, classes=tuple("wxyz")).rows] == [3, 0, -1]
-    named = open_source(path, classes=("3", "0"))  # classes that are numbers: by name alone
-    assert [row.label for row in named.rows] == [0, 1, -1]
+    assert numbers_of(open_source(path, classes={"label": tuple("wxyz")})) == [3, 0, -1]
+    named = open_source(
+        path, classes={"label": ("3", "0")}
+    )  # classes that are numbers: by name alone
+    assert numbers_of(named) == [0, 1, -1]
 
 
 def test_csv_splits_filter_rows_but_not_classes(tmp_path: Path) -> None:
     tree(tmp_path, "b.png")
     path = put(tmp_path / "list.csv", "path,label,split\nnone.png,a,train\nb.png,b,fold2\n")
     source = open_source(path, splits=("fold2",))
-    assert source.classes == ("a", "b")
+    assert source.target("label").classes == ("a", "b")
     assert triples(source) == [("b.png", 1, "fold2")]
 
 
@@ -256,9 +266,127 @@ def test_csv_of_another_encoding(tmp_path: Path) -> None:
 def test_csv_label_unknown_to_the_classes(tmp_path: Path) -> None:
     tree(tmp_path, "a.png", "b.png")
     path = put(tmp_path / "list.csv", "path,label\na.png,cat\nb.png,cow\n")
-    fails(path, f"{path}, line 3", "'cow'", "2 known classes: cat, dog", classes=("cat", "dog"))
+    fails(
+        path,
+        f"{path}, line 3",
+        "'cow'",
+        "2 known classes: cat, dog",
+        classes={"label": ("cat", "dog")},
+    )
     path = put(tmp_path / "list.csv", "path,label\na.png,1\nb.png,2\n")
-    fails(path, "line 3", "'2'", "cat, dog", classes=("cat", "dog"))
+    fails(path, "line 3", "'2'", "cat, dog", classes={"label": ("cat", "dog")})
+
+
+# ---- CSV with several targets
+
+SEVERAL = """path,label:species,labels:marks,value:age,split,note
+0.png,cat,tail; ears,3.5,train,x
+1.png,dog,-,-1e3,train,
+2.png,,ears,,val,y
+3.png,cat,,0,test,z
+"""
+
+
+def several(tmp_path: Path, text: str = SEVERAL) -> Path:
+    tree(tmp_path, *(f"{number}.png" for number in range(4)))
+    return put(tmp_path / "list.csv", text)
+
+
+def test_csv_with_a_target_of_each_kind(tmp_path: Path) -> None:
+    source = open_source(several(tmp_path))
+    assert [(t.name, t.kind, t.classes) for t in source.targets] == [
+        ("species", "class", ("cat", "dog")),
+        ("marks", "multilabel", ("ears", "tail")),
+        ("age", "regression", ()),
+    ]
+    species, marks, age = (target.values for target in source.targets)
+    assert (species.dtype, species.tolist()) == (np.int64, [0, 1, -1, 0])
+    assert (marks.dtype, marks.tolist()) == (np.int8, [[1, 1], [0, 0], [1, 0], [-1, -1]])
+    assert age.dtype == np.float32
+    np.testing.assert_array_equal(age, np.array([3.5, -1000, np.nan, 0], np.float32))
+    assert source.splits == ("train", "val", "test")
+    assert source.target("age") is source.targets[2]
+    with pytest.raises(SourceError, match=r"no target 'label'; there is species, marks, age"):
+        source.target("label")
+
+
+def test_csv_targets_of_some_splits_keep_all_classes(tmp_path: Path) -> None:
+    source = open_source(several(tmp_path), splits=("val", "test"))
+    assert [row.key for row in source.rows] == ["2.png", "3.png"]
+    assert source.target("species").classes == ("cat", "dog")
+    assert source.target("species").values.tolist() == [-1, 0]
+    assert source.target("marks").values.tolist() == [[1, 0], [-1, -1]]
+    np.testing.assert_array_equal(source.target("age").values, [np.nan, 0])
+
+
+def test_csv_targets_are_numbered_by_the_classes_of_another_cache(tmp_path: Path) -> None:
+    known = {"species": ("eel", "dog", "cat"), "marks": ("tail", "fins", "ears"), "age": ()}
+    source = open_source(several(tmp_path), classes=known)
+    assert source.target("species").values.tolist() == [2, 1, -1, 2]
+    assert source.target("marks").classes == known["marks"]
+    assert source.target("marks").values.tolist()[:3] == [[1, 0, 1], [0, 0, 0], [0, 0, 1]]
+    only = open_source(several(tmp_path), classes={"label": ("x",), "marks": known["marks"]})
+    assert only.target("species").classes == ("cat", "dog")
+    what = {"classes": {"marks": ("tail",)}}
+    fails(several(tmp_path), "line 2, labels:marks: the label 'ears'", "1 known class", **what)
+    what = {"classes": {"species": ("cat",)}}
+    fails(several(tmp_path), "line 3, label:species: the label 'dog'", **what)
+
+
+def test_csv_numbers_as_labels(tmp_path: Path) -> None:
+    lines = "path,labels:marks,label:species\n0.png,2;0,1\n1.png,0,-1\n2.png,-,\n3.png,,0\n"
+    source = open_source(several(tmp_path, lines))
+    assert source.target("marks").classes == ("0", "1", "2")
+    assert source.target("marks").values.tolist() == [[1, 0, 1], [1, 0, 0], [0] * 3, [-1] * 3]
+    assert source.target("species").values.tolist() == [1, -1, -1, 0]
+    named = open_source(tmp_path / "list.csv", classes={"marks": ("tail", "ears", "fins")})
+    assert named.target("marks").values.tolist() == source.target("marks").values.tolist()
+
+
+def test_a_csv_may_name_its_one_target_label(tmp_path: Path) -> None:
+    named = open_source(several(tmp_path, "path,label:label\n0.png,cat\n"))
+    plain = open_source(several(tmp_path, "path,label\n0.png,cat\n"))
+    assert triples(named) == triples(plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("path,label,value:age\n0.png,x,1\n", ("line 1", "'label' beside value:age", "a name too")),
+        ("path,value:Age\n0.png,1\n", ("line 1", "'value:Age'", "lower-case", "value:sea_level")),
+        ("path,label:\n0.png,1\n", ("line 1", "'label:'", "begins with a letter")),
+        ("path,label:a,value:a\n0.png,1,2\n", ("line 1", "two columns for the target 'a'")),
+        ("path,values:age\n0.png,1\n", ("line 1", "'values:age'", "value:NAME (a number)")),
+        ("path,Label:x\n0.png,1\n", ("line 1", "'Label:x'", "expected label:NAME")),
+        ("value:age\n1\n", ("line 1", "'path'", "found value:age")),
+        ("path,class\n0.png,1\n", ("line 1", "'label'", "labels:NAME", "found path,class")),
+        ("path,value:age\n0.png,1\n1.png,young\n", ("line 3, value:age", "number", "'young'")),
+        ("path,value:age\n0.png,nan\n", ("line 2, value:age", "finite", "found 'nan'")),
+        ("path,value:age\n0.png,-inf\n", ("line 2, value:age", "finite", "found '-inf'")),
+        ("path,value:age\n0.png,1e39\n", ("line 2, value:age", "float32", "found '1e39'")),
+        ('path,value:age\n0.png,"1,5"\n', ("line 2, value:age", "such as -1.5", "found '1,5'")),
+        ("path,labels:m\n0.png,a;;b\n", ("line 2, labels:m", "separated by `;`", "'a;;b'")),
+        ("path,labels:m\n0.png,a;-\n", ("line 2, labels:m", "`-` alone", "'a;-'")),
+        ("path,labels:m\n0.png,-1\n", ("line 2, labels:m", "nothing where", "'-1'")),
+        ("path,labels:m\n0.png,-\n1.png,\n", ("line 2, labels:m and all after it: no name",)),
+        ("path,label:a,value:b\n0.png,x,\n1.png,y,\n", ("line 2 to the end: value:b is empty",)),
+        ("path,label:a,split\n0.png,,\n", ("line 2: split is empty",)),
+        ("path,label:a,value:b\n", ("no images",)),
+    ],
+)
+def test_csv_target_errors(tmp_path: Path, text: str, fragments: tuple[str, ...]) -> None:
+    path = several(tmp_path, text)
+    fails(path, str(path), *fragments)
+
+
+@pytest.mark.parametrize("name", ["a", "sea_level2", "A", "2nd", "", "a-b", "_a", "a b"])
+def test_a_column_may_have_the_names_that_a_cache_takes(tmp_path: Path, name: str) -> None:
+    try:
+        Target(name=name, kind="regression")
+    except ValueError:
+        fails(several(tmp_path, f"path,value:{name}\n0.png,1\n"), "lower-case letters")
+    else:
+        assert open_source(several(tmp_path, f"path,value:{name}\n0.png,1\n")).target(name)
 
 
 # ---- VTAB-1K
@@ -280,7 +408,7 @@ def test_vtab_task(tmp_path: Path) -> None:
         train800val200="images/0.png 0\nimages/1.png 1\nimages/2.png 2\n",
     )
     source = open_source(root)
-    assert source.classes == ("0", "1", "2")
+    assert source.target("label").classes == ("0", "1", "2")
     assert source.splits == ("train", "val", "test")
     assert triples(source) == [
         ("images/1.png", 1, "train"),
@@ -291,7 +419,7 @@ def test_vtab_task(tmp_path: Path) -> None:
     ]
     assert len(open_source(root, splits=("test",)).rows) == 2
     put(root / "classes.txt", "ant\nbee\ncow\n")
-    assert open_source(root).classes == ("ant", "bee", "cow")
+    assert open_source(root).target("label").classes == ("ant", "bee", "cow")
     assert triples(open_source(root)) == triples(source)
     put(root / "classes.txt", "ant\nbee\n")
     fails(root, "val200.txt, line 1", "label 2", "classes.txt has 2 names")
@@ -369,9 +497,9 @@ def test_digests_are_those_of_the_files(source: Source) -> None:
 
 def test_digests_of_many_rows_keep_their_order(source: Source) -> None:
     assert isinstance(source, FileSource)
-    rows = [Row(key=str(i), label=0, split="train") for i in range(300)]
+    rows = [Row(key=str(i), split="train") for i in range(300)]
     paths = [source.paths[i % 10] for i in range(300)]
-    many = FileSource(rows=rows, classes=("0",), description="many", paths=paths)
+    many = FileSource(rows=rows, description="many", paths=paths)
     assert (source_digests(many) == np.tile(source_digests(source), (30, 1))).all()
 
 
@@ -400,12 +528,12 @@ def test_running_out_of_files_is_not_the_images_fault(
 
 
 def test_keys_are_unique_and_utf8() -> None:
-    rows = [Row(key="a", label=0, split="train")] * 2
+    rows = [Row(key="a", split="train")] * 2
     with pytest.raises(SourceError, match="a occurs twice"):
-        FileSource(rows=rows, classes=("0",), description="x", paths=["a", "a"])
-    rows = [Row(key="\udcff.png", label=0, split="train")]
+        FileSource(rows=rows, description="x", paths=["a", "a"])
+    rows = [Row(key="\udcff.png", split="train")]
     with pytest.raises(SourceError, match="not UTF-8"):
-        FileSource(rows=rows, classes=("0",), description="x", paths=["a"])
+        FileSource(rows=rows, description="x", paths=["a"])
 
 
 # ---- decoding
@@ -564,7 +692,7 @@ def test_tar_of_class_folders(tmp_path: Path) -> None:
     }
     path = tar_of(tmp_path / "set.tar", members)
     source = open_source(path)
-    assert source.classes == ("b9", "b10")  # timm's natural order
+    assert source.target("label").classes == ("b9", "b10")  # timm's natural order
     assert sorted(triples(source)) == [("set/b10/2.png", 1, "train"), ("set/b9/1.jpg", 0, "train")]
     for index, row in enumerate(source.rows):
         data = members[f"./{row.key}"]
@@ -572,8 +700,12 @@ def test_tar_of_class_folders(tmp_path: Path) -> None:
         assert source.open(index).tobytes() == decode(data, "").tobytes()
     assert triples(pickle.loads(pickle.dumps(source))) == triples(source)
     assert not list(tmp_path.glob("*.pickle"))
-    assert open_source(path, classes=("b10", "c", "b9")).classes == ("b10", "c", "b9")
-    fails(path, "set/b10/2.png", "'b10'", "known classes: b9", classes=("b9",))
+    assert open_source(path, classes={"label": ("b10", "c", "b9")}).target("label").classes == (
+        "b10",
+        "c",
+        "b9",
+    )
+    fails(path, "set/b10/2.png", "'b10'", "known classes: b9", classes={"label": ("b9",)})
 
 
 def test_tar_with_split_folders_does_not_mix_them(tmp_path: Path) -> None:
@@ -592,7 +724,7 @@ def test_tar_of_tars(tmp_path: Path) -> None:
     inner = {f"{name}.tar": (tmp_path / f"{name}.tar").read_bytes() for name in ("ant", "bee")}
     source = open_source(tar_of(tmp_path / "all.tar", inner))
     assert triples(source) == [("ant.tar/1.png", 0, "train"), ("bee.tar/1.png", 1, "train")]
-    assert source.classes == ("ant", "bee")
+    assert source.target("label").classes == ("ant", "bee")
     assert [source.open(i).getpixel((0, 0))[0] for i in (0, 1)] == [3, 4]
 
 
@@ -623,7 +755,7 @@ def test_tar_errors(tmp_path: Path) -> None:
 def test_torch_image_folder(tmp_path: Path) -> None:
     tree(tmp_path, "train/b/1.png", "train/a/1.png", "validation/a/2.png")
     source = open_source("torch/image_folder", data_dir=str(tmp_path), splits=("train", "val"))
-    assert source.classes == ("a", "b")
+    assert source.target("label").classes == ("a", "b")
     assert triples(source) == [
         ("train/a/1.png", 0, "train"),
         ("train/b/1.png", 1, "train"),
@@ -654,8 +786,8 @@ def test_torch_data_set_of_pixels(tmp_path: Path) -> None:
         idx(raw / f"{part}-images-idx3-ubyte", pixels[:stop])
         idx(raw / f"{part}-labels-idx1-ubyte", np.array([7, 2, 1], np.uint8)[:stop])
     source = open_source("torch/mnist", data_dir=str(tmp_path), splits=("train", "test"))
-    assert source.classes[7] == "7 - seven"
-    assert [row.label for row in source.rows] == [7, 2, 1, 7, 2]
+    assert source.target("label").classes[7] == "7 - seven"
+    assert numbers_of(source) == [7, 2, 1, 7, 2]
     assert [row.split for row in source.rows] == ["train"] * 3 + ["test"] * 2
     assert len({row.key for row in source.rows}) == 5
     assert (np.asarray(source.open(4))[..., 1] == pixels[1]).all()
@@ -716,7 +848,7 @@ def test_wds(tmp_path: Path) -> None:
     source = open_source("wds/any", **what)
     keys = [f"t-{number // 3}.tar/{number:03d}" for number in range(5)]
     assert triples(source) == [(key, i % 3, "train") for i, key in enumerate(keys)]
-    assert source.classes == ("0", "1", "2")
+    assert source.target("label").classes == ("0", "1", "2")
     for number in range(5):
         assert source.sha256(number) == hashlib.sha256(files[f"{number:03d}.jpg"]).digest()
     assert triples(open_source(f"wds/{tmp_path}", splits=what["splits"])) == triples(source)
@@ -741,7 +873,7 @@ def test_wds_labels_in_json(tmp_path: Path) -> None:
     members = {"a.jpg": encoded(kind="JPEG"), "a.json": b'{"kind": 1, "colour": 4}'}
     tar_of(tmp_path / "s.tar", members)
     what = {"splits": ("train=s.tar",), "data_dir": str(tmp_path)}
-    assert open_source("wds/x", target_key="colour", **what).rows[0].label == 4
+    assert numbers_of(open_source("wds/x", target_key="colour", **what))[0] == 4
     fails("wds/x", "sample a", "'size'", "only kind, colour", target_key="size", **what)
     fails("wds/x", "sample a", "no .cls", "--target-key", **what)
     fails("wds/x", "sample a has no png", "jpg, json", "--input-key", input_key="png", **what)
@@ -771,8 +903,8 @@ def test_hugging_face_data_sets(tmp_path: Path, prefix: str) -> None:
     root = tree(tmp_path / "set", *(f"{s}/{c}/{s}.png" for s in ("train", "test") for c in "ba"))
     name, data_dir = f"{prefix}/{root}", str(tmp_path / "hub")
     source = open_source(name, splits=("train", "test"), data_dir=data_dir)
-    assert source.classes == ("a", "b")
-    assert [(row.label, row.split) for row in source.rows] == [
+    assert source.target("label").classes == ("a", "b")
+    assert [(label, split) for _, label, split in triples(source)] == [
         (0, "train"),
         (1, "train"),
         (0, "test"),
@@ -801,7 +933,7 @@ def test_hugging_face_rows_that_are_broken(tmp_path: Path, prefix: str) -> None:
     )
     name = f"{prefix}/{tmp_path}/set"
     source = open_source(name, input_key="photo", target_key="kind", data_dir=str(tmp_path / "hub"))
-    assert source.classes == ("0", "1", "2", "3", "4", "5")
+    assert source.target("label").classes == ("0", "1", "2", "3", "4", "5")
     assert source.open(0).size == (8, 8)
     for index in (1, 2):
         with pytest.raises(ImageError, match=f"row train/0000000{index}: .*--on-error skip"):
@@ -836,8 +968,8 @@ def test_tensorflow_data_sets(tmp_path: Path) -> None:
 
     Tiny(data_dir=tmp_path).download_and_prepare()
     source = open_source("tfds/tiny", data_dir=str(tmp_path))
-    assert source.classes == ("ant", "bee")
-    got = {row.label: source.sha256(index) for index, row in enumerate(source.rows)}
+    assert source.target("label").classes == ("ant", "bee")
+    got = {label: source.sha256(index) for index, label in enumerate(numbers_of(source))}
     assert got == {n: hashlib.sha256(images[n]).digest() for n in (0, 1)}
     assert {source.open(0).size, source.open(1).size} == {(64, 64), (8, 8)}
     again = open_source("tfds/tiny", data_dir=str(tmp_path))

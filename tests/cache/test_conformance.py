@@ -1,6 +1,7 @@
 """What every backend must do. The numbers are compared through raw zarr and h5py as well, which
 see the files without the code under test."""
 
+import dataclasses
 import os
 import pickle
 import threading
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import Reader, Writer, decode, inspect, verify
+from cache import Reader, Target, Writer, decode, inspect, verify
 from cache.ledger import Record
 from cache.location import open_backend
 
@@ -121,6 +122,111 @@ def test_metadata_tables_and_splits(location, sample):
             reader.labels("age")
         with pytest.raises(KeyError, match=r"no table 'nothing'.*keys"):
             reader.table("nothing")
+
+
+def several_targets(sample, rows=10):
+    """The sample with a target of each kind beside its own; row 1 has no label for any of them."""
+    targets = (
+        *sample.manifest.targets,
+        Target(name="marks", kind="multilabel", classes=("tail", "ears")),
+        Target(name="age", kind="regression"),
+    )
+    marks = (np.arange(rows)[:, None] % [2, 5] == 0).astype(np.int8)
+    ages = np.linspace(-1, 8, rows, dtype=np.float32)
+    labels = sample.tables["labels/label"].copy()
+    labels[1], marks[1], ages[1] = -1, -1, np.nan
+    sample.tables |= {"labels/label": labels, "labels/marks": marks, "labels/age": ages}
+    return sample.with_manifest(targets=targets)
+
+
+def test_targets_of_every_kind(location, sample):
+    sample = several_targets(sample)
+    sample.write(location)
+    with Reader(location) as reader:
+        assert [target.name for target in reader.manifest.targets] == ["label", "marks", "age"]
+        for name in ("label", "marks", "age"):
+            table = sample.tables[f"labels/{name}"]
+            assert reader.labels(name).dtype == table.dtype
+            np.testing.assert_array_equal(reader.labels(name), table)
+            np.testing.assert_array_equal(raw(location, f"labels/{name}"), table)
+            assert reader.target(name).name == name
+        np.testing.assert_array_equal(reader.labels(), reader.labels("label"))
+        assert reader.target() == sample.manifest.targets[0]
+        with pytest.raises(KeyError, match=r"no target 'sex'.*it holds label, marks, age"):
+            reader.labels("sex")
+    found = inspect(location)
+    assert found.kinds == {"label": "class", "marks": "multilabel", "age": "regression"}
+    assert found.targets == {
+        "label": {"cat": 4, "dog": 2, "eel": 3},
+        "marks": {"tail": 5, "ears": 2},
+        "age": {"rows": 9, "min": -1.0, "mean": pytest.approx(35 / 9), "max": 8.0},
+    }
+    assert verify(location).ok
+
+
+def test_other_labels_are_another_content(tmp_path, sample):
+    contents = []
+    for name, age in (("a", 0.5), ("b", 0.5), ("c", 0.25)):
+        changed = several_targets(dataclasses.replace(sample, tables=dict(sample.tables)))
+        changed.tables["labels/age"][4] = age
+        contents.append(inspect(changed.write(tmp_path / f"{name}.zarr")).content)
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_a_cache_without_targets_or_values(location, sample):
+    bare = sample.with_manifest(targets=())
+    del bare.tables["labels/label"]
+    bare.write(location)
+    with Reader(location) as reader, pytest.raises(KeyError, match=r"no target in .*holds none"):
+        reader.labels()
+    empty = sample.with_manifest(targets=(Target(name="age", kind="regression"),))
+    empty.tables["labels/age"] = np.full(10, np.nan, np.float32)
+    empty.write(location, overwrite=True)
+    nothing = {"rows": 0, "min": None, "mean": None, "max": None}
+    assert inspect(location).targets == {"age": nothing}
+
+
+def test_seconds_are_the_wall_time_of_all_legs(location, sample, monkeypatch):
+    """By a clock that says what it is told; what is not published is not counted."""
+    now = 100.0
+    monkeypatch.setattr("cache.writer.time.perf_counter", lambda: now)
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        assert inspect(location).seconds is None
+        now += 1.5
+        sample.fill(writer, [range(4, 8)])
+        assert inspect(location).seconds == 1.5
+        now += 2.0004
+        sample.fill(writer, [range(4)])
+        now += 50.0
+        writer.write(8, sample.rows(8, 9))  # is given up
+    assert Reader(location, allow_incomplete=True).seconds == 3.5
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        now += 0.25
+        sample.fill(writer)
+    assert Reader(location).seconds == inspect(location).seconds == 3.75
+    content = inspect(location).content
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        writer.forget([1])
+        now += 9.0
+        sample.fill(writer)
+    assert Reader(location).seconds == 11.25  # the repaired shard's time replaces its first one
+    assert inspect(location).content == content
+
+
+def test_threads_share_the_wall_time(location, samples):
+    """Shards that are published at the same time do not count it twice."""
+    sample = samples(rows=12, rows_per_shard=1)
+    begin = time.perf_counter()
+    with Writer.open(location, sample.manifest, sample.tables) as writer:
+        threads = [
+            threading.Thread(target=sample.fill, args=(writer, [range(row, row + 1)]))
+            for row in range(12)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert 0 <= Reader(location).seconds <= time.perf_counter() - begin + 12 * 0.0005
 
 
 def test_content_depends_on_the_numbers_alone(tmp_path, sample):
@@ -357,8 +463,13 @@ def test_inspect_is_json_and_names_what_is_there(location, sample):
 
 def test_same_bytes_in_both_formats(tmp_path, sample):
     a, b = sample.write(tmp_path / "a.zarr"), sample.write(tmp_path / "b.h5")
-    for name in ("stacks/tokens", "stacks/late", *sample.tables, "ledger"):
+    for name in ("stacks/tokens", "stacks/late", *sample.tables):
         assert raw(a, name).tobytes() == raw(b, name).tobytes(), name
+    ledgers = [
+        [dataclasses.replace(Record.from_bytes(data.tobytes()), seconds=None) for data in ledger]
+        for ledger in (raw(a, "ledger"), raw(b, "ledger"))
+    ]
+    assert ledgers[0] == ledgers[1]
 
 
 def test_zarr_rewritten_by_zarr_is_still_read(tmp_path, sample):

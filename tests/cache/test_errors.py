@@ -22,6 +22,7 @@ from cache import (
     NoSpace,
     Reader,
     TapMissing,
+    Target,
     Writer,
     files,
     inspect,
@@ -217,9 +218,53 @@ def test_wrong_tables_are_refused(location, sample):
 
     refused("'split'.*missing", split=None)
     refused(r"expected int64 \(10,\)", labels__label=np.zeros(9, np.int64))
-    refused("row 0 is 3, expected -1 to 2", labels__label=np.full(10, 3))
+    refused(r"row 0 is 3, expected a class index below 3, or -1", labels__label=np.full(10, 3))
+    refused(r"'split': row 0 is 2, expected 0 to 1", split=np.full(10, 2, np.uint8))
     refused("9 keys, expected one per row: 10", keys=cache.encode_keys(list("abcdefghi")))
     refused("reserved", stacks__x=np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("target", "table", "match"),
+    [
+        (
+            Target(name="age", kind="regression"),
+            np.zeros(10),
+            r"'labels/age': expected float32 \(10,\), received float64 \(10,\)",
+        ),
+        (
+            Target(name="age", kind="regression"),
+            np.array([0, 1, np.nan, -np.inf, *range(6)], np.float32),
+            r"'labels/age': row 3 is -inf, expected a finite number, or NaN \(none\)",
+        ),
+        (
+            Target(name="marks", kind="multilabel", classes=("tail", "ears")),
+            np.zeros(10, np.int8),
+            r"'labels/marks': expected int8 \(10, 2\), received int8 \(10,\)",
+        ),
+        (
+            Target(name="marks", kind="multilabel", classes=("tail", "ears")),
+            np.array([[0, 1], [-1, -1], [-1, 1], *[[0, 0]] * 7], np.int8),
+            r"'labels/marks': row 2 is \[-1  1\], expected 0 or 1 for every class, or -1 for every",
+        ),
+        (
+            Target(name="marks", kind="multilabel", classes=("tail", "ears")),
+            np.array([[0, 1], *[[2, 0]] * 9], np.int8),
+            r"row 1 is \[2 0\]",
+        ),
+        (
+            Target(name="marks", kind="multilabel", classes=("tail", "ears")),
+            None,
+            r"tables \['labels/marks'\] are missing",
+        ),
+    ],
+)
+def test_wrong_labels_are_refused(location, sample, target, table, match):
+    sample = sample.with_manifest(targets=(*sample.manifest.targets, target))
+    tables = sample.tables | ({} if table is None else {f"labels/{target.name}": table})
+    with pytest.raises(ValueError, match=match):
+        Writer.open(location, sample.manifest, tables)
+    assert not location.exists()
 
 
 def test_wrong_reads_are_refused(location, sample):

@@ -29,6 +29,14 @@ CASES = {
         "int8",
         "c2fb900ba9929bf84fffef18d6d7f13ee26edb5a657abd0b961b5c31393f1370",
     ),
+    "version_1_targets.zarr": (
+        "float32",
+        "6694f04ab1b2e237809b41b0621f9747b26c296f1f6b5059667fbdfb875293f6",
+    ),
+    "version_1_targets.h5": (
+        "float32",
+        "6694f04ab1b2e237809b41b0621f9747b26c296f1f6b5059667fbdfb875293f6",
+    ),
 }
 
 
@@ -78,6 +86,23 @@ def test_golden_cache_reads_what_came_later_or_its_absence(name):
             assert (reader.manifest.blocks, error, ladder) == ((), {}, {})
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_golden_cache_reads_its_targets_and_seconds_or_their_absence(name):
+    with Reader(GOLDEN / name) as reader:
+        np.testing.assert_array_equal(reader.labels(), [0, 1, 0, 1, 0])
+        kinds = {target.name: target.kind for target in reader.manifest.targets}
+        if "targets" in name:
+            assert kinds == {"label": "class", "marks": "multilabel", "age": "regression"}
+            np.testing.assert_array_equal(
+                reader.labels("marks"), [[1, 0], [0, 0], [-1, -1], [1, 1], [0, 1]]
+            )
+            ages = np.array([1.5, np.nan, -2, 0, 1e-3], np.float32)
+            np.testing.assert_array_equal(reader.labels("age"), ages)
+            assert reader.seconds == {"zarr": 0.008, "h5": 0.003}[name.rpartition(".")[2]]
+        else:
+            assert (kinds, reader.seconds) == ({"label": "class"}, None)
+
+
 def test_making_again_touches_no_golden_cache(tmp_path):
     files = [path for path in GOLDEN.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
@@ -88,6 +113,6 @@ def test_making_again_touches_no_golden_cache(tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_todays_writer_makes_the_golden_content(name, tmp_path):
     storage, content = CASES[name]
-    make().write(tmp_path / name, storage)
+    make().write(tmp_path / name, storage, several="targets" in name)
     with Reader(tmp_path / name) as reader:
         assert reader.content == content

@@ -34,6 +34,14 @@ OBJECTS = st.dictionaries(st.text(), JSON, max_size=4)
 
 
 @st.composite
+def targets(draw: st.DrawFn, name: str) -> Target:
+    kind = draw(st.sampled_from(["class", "multilabel", "regression"]))
+    least, most = {"class": (0, 4), "multilabel": (1, 4), "regression": (0, 0)}[kind]
+    classes = draw(st.lists(st.text(), min_size=least, max_size=most, unique=True))
+    return Target(name=name, kind=kind, classes=tuple(classes))
+
+
+@st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     stacks = tuple(
         Stack(
@@ -45,7 +53,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         )
         for name in draw(st.lists(NAMES, min_size=1, max_size=3, unique=True))
     )
-    classes = tuple(draw(st.lists(st.text(), max_size=4, unique=True)))
+    names = draw(st.lists(NAMES, max_size=3, unique=True))
     return Manifest(
         identity=draw(OBJECTS),
         storage=draw(st.sampled_from(["float32", "float16", "bfloat16", "int8"])),
@@ -53,7 +61,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         views=draw(st.integers(1, 4)),
         rows_per_shard=draw(st.integers(0, 5000)),
         stacks=stacks,
-        targets=(Target(name="label", classes=classes),),
+        targets=tuple(draw(targets(name)) for name in names),
         splits=tuple(draw(st.lists(st.text(), max_size=3, unique=True))),
         final_norm=draw(OBJECTS),
         blocks=tuple(draw(st.lists(OBJECTS, max_size=3))),
@@ -106,12 +114,14 @@ def test_the_fullest_record_fits(manifest, reason, number):
             digests={stack.name: ["f" * 32] * len(rows) for stack in manifest.stacks},
             skipped=dict.fromkeys(rows, reason),
             error={stack.name: (number, -1.2345678901234567e-308, 1) for stack in manifest.stacks},
+            seconds=1234567890.1239,
         )
         data = record.to_bytes(record_bytes(manifest))
         assert len(data) == record_bytes(manifest)
         again = Record.from_bytes(data)
         assert again.rows == record.rows
         assert again.error == record.error
+        assert again.seconds == 1234567890.124
         assert all(reason.startswith(kept) for kept in again.skipped.values())
 
 
@@ -135,6 +145,14 @@ def test_a_record_without_room_leaves_the_error_out():
     assert measured.to_bytes(length) == record.to_bytes(length)
     assert Record.from_bytes(record.to_bytes(300)) == record
     assert Record.from_bytes(measured.to_bytes(300)) == measured
+    timed = dataclasses.replace(measured, seconds=1.5)
+    assert Record.from_bytes(timed.to_bytes(300)) == timed
+    assert timed.to_bytes(length) == record.to_bytes(length)
+    length = len(measured.to_bytes(300).rstrip(b"\0"))
+    assert timed.to_bytes(length) == measured.to_bytes(length)  # seconds go first
+    timed = dataclasses.replace(record, seconds=1.5)
+    length = len(timed.to_bytes(300).rstrip(b"\0"))
+    assert dataclasses.replace(measured, seconds=1.5).to_bytes(length) == timed.to_bytes(length)
 
 
 def test_errors_add_up_to_the_same_in_any_order():
@@ -199,8 +217,16 @@ def test_refuses_a_stack_or_target_of_nonsense():
         Stack(name="a", taps=("z0",), tokens=1, prefix_tokens=2, dim=1)
     with pytest.raises(ValueError, match="no two alike"):
         Stack(name="a", taps=("z0", "z0"), tokens=1, prefix_tokens=0, dim=1)
-    with pytest.raises(ValueError, match="kind 'box' is unknown"):
+    with pytest.raises(ValueError, match=r"kind 'box' is unknown, .*class, multilabel, regression"):
         Target(name="label", kind="box", classes=())
+    with pytest.raises(ValueError, match=r"'age': a regression has no classes, received 2"):
+        Target(name="age", kind="regression", classes=("old", "young"))
+    with pytest.raises(ValueError, match=r"'marks': expected one class or more, received none"):
+        Target(name="marks", kind="multilabel")
+    with pytest.raises(ValueError, match="two classes have the same name"):
+        Target(name="marks", kind="multilabel", classes=("tail", "tail"))
+    with pytest.raises(ValueError, match=r"target name 'Age': expected lower-case"):
+        Target(name="Age", kind="regression")
 
 
 def test_from_dict_refuses_other_versions_and_damage(sample):

@@ -3,7 +3,8 @@
 `python tests/golden/make.py`, from the repository root, makes those that are missing and touches
 none that is there. Never delete one to make a failing test pass: a failing golden test means that
 the format has changed. The int8 caches came later, with everything that came into the format with
-them: blocks, tables below tables, and a measured error.
+them: blocks, tables below tables, and a measured error. After them came those with a target of each
+kind, and seconds in the ledger.
 """
 
 import sys
@@ -32,8 +33,15 @@ def values(storage: str) -> np.ndarray:
     return encode(exact, storage)
 
 
-def write(location: Path, storage: str) -> None:
-    """One cache with two views, a skipped row, two shards and a short third one."""
+MARKS = [[1, 0], [0, 0], [-1, -1], [1, 1], [0, 1]]
+AGES = [1.5, np.nan, -2, 0, 1e-3]
+
+
+def write(location: Path, storage: str, *, several: bool = False) -> None:
+    """One cache with two views, a skipped row, two shards and a short third one.
+
+    several: with a multilabel target and a regression beside the classes.
+    """
     later = storage == "int8"
     manifest = Manifest(
         identity={"backbone": {"name": "golden"}, "seed": 7},
@@ -42,7 +50,11 @@ def write(location: Path, storage: str) -> None:
         views=2,
         rows_per_shard=2,
         stacks=(Stack(name="tokens", taps=("z0", "z1", "z2"), tokens=2, prefix_tokens=1, dim=4),),
-        targets=(Target(name="label", classes=("cat", "dog")),),
+        targets=(
+            Target(name="label", classes=("cat", "dog")),
+            Target(name="marks", kind="multilabel", classes=("tail", "ears")),
+            Target(name="age", kind="regression"),
+        )[: 3 if several else 1],
         splits=("train", "test"),
         final_norm={"kind": "layer", "eps": 1e-6},
         blocks=({"kind": "vit", "heads": 2}, {"kind": "vit", "heads": 4}) if later else (),
@@ -56,6 +68,9 @@ def write(location: Path, storage: str) -> None:
         "final_norm/weight": np.arange(4, dtype=np.float32),
         "final_norm/bias": np.ones(4, np.float32),
     }
+    if several:
+        tables["labels/marks"] = np.array(MARKS, np.int8)
+        tables["labels/age"] = np.array(AGES, np.float32)
     if later:
         tables["ladder/block0/qkv_weight"] = np.arange(6, dtype=np.float32).reshape(2, 3)
     with Writer(location, manifest, tables) as writer:
@@ -73,6 +88,8 @@ if __name__ == "__main__":
         ("version_1.h5", "bfloat16"),
         ("version_1_int8.zarr", "int8"),
         ("version_1_int8.h5", "int8"),
+        ("version_1_targets.zarr", "float32"),
+        ("version_1_targets.h5", "float32"),
     ):
         if not (folder / name).exists():
-            write(folder / name, storage)
+            write(folder / name, storage, several="targets" in name)

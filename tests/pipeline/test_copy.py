@@ -27,6 +27,7 @@ from pipeline.copy import copy
 from pipeline.errors import MissingTaps, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
+from pipeline.sources import open_source
 from pipeline.taps import store
 from pipeline.train import train
 
@@ -177,6 +178,24 @@ def test_a_copy_keeps_rows_splits_and_labels(cache: Path, tmp_path: Path) -> Non
     )
     with pytest.raises(IdentityMismatch, match="taps"):
         copy(smaller(cache, dst, taps="last:3", split=("val", "test"), dtype="float16"))
+
+
+def test_a_copy_keeps_targets_of_every_kind(images: Path, tmp_path: Path) -> None:
+    lines = ["path,value:age,label:colour,labels:marks,split"]
+    for number, row in enumerate(open_source(images).rows):
+        age, marks = ("", 1.5, -number)[number % 3], ("", "-", "a", "a;b")[number % 4]
+        colour = row.key.split("/")[1]
+        lines.append(f"{images}/{row.key},{age},{colour},{marks},{row.split}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    src, dst = tmp_path / "all.zarr", tmp_path / "few.h5"
+    extract(extract_config(tmp_path / "list.csv", src))
+    copy(smaller(src, dst, split=("test", "train")))
+    with Reader(src) as old, Reader(dst) as new:
+        rows = old.split_rows("train", "test")
+        assert new.manifest.targets == old.manifest.targets
+        for name in ("age", "colour", "marks"):
+            np.testing.assert_array_equal(new.labels(name), old.labels(name)[rows])
+        assert new.seconds is not None
 
 
 def test_formats_copy_into_each_other_unchanged(cache: Path, tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import extract_config, paint
 from PIL import Image
 
+import cli
 from cache import CacheIncomplete, IdentityMismatch, Reader, StorageOverflow, decode, verify
 from pipeline import extract as stage
 from pipeline.backbone import load_backbone
@@ -41,7 +46,7 @@ def test_cache_holds_every_tap_of_every_image(cache: Path, images: Path) -> None
     transform = backbone.preprocessing.transform()
     with Reader(cache) as reader:
         assert reader.keys == [row.key for row in source.rows]
-        assert reader.labels().tolist() == [row.label for row in source.rows]
+        assert reader.labels().tolist() == source.target("label").values.tolist()
         assert {name: len(reader.split_rows(name)) for name in ("train", "val", "test")} == {
             "train": 12, "val": 6, "test": 6,
         }  # fmt: skip
@@ -58,6 +63,91 @@ def test_cache_holds_every_tap_of_every_image(cache: Path, images: Path) -> None
     model: Any = backbone.model
     assert np.array_equal(norm["weight"], model.norm.weight.numpy())
     assert norm["eps"] == model.norm.eps
+
+
+def several(images: Path, out: Path, *, marks: str = "dark", order: str = "age,marks") -> Path:
+    """The images as a CSV beside them: a class (but of one row), a multilabel target, a number."""
+    columns = {"age": "value:age", "marks": "labels:marks"}
+    lines = [",".join(["path", "label:colour", "split", *(columns[n] for n in order.split(","))])]
+    for number, row in enumerate(open_source(images).rows):
+        cells = {"age": number / 4 if number % 5 else "", "marks": (marks, "-", "")[number % 3]}
+        colour = row.key.split("/")[1] if number else ""
+        named = (str(cells[name]) for name in order.split(","))
+        lines.append(",".join([f"{images}/{row.key}", colour, row.split, *named]))
+    out.write_text("\n".join(lines))
+    return out
+
+
+def test_a_source_with_several_targets(images: Path, zarr_cache: Path, tmp_path: Path) -> None:
+    table = several(images, tmp_path / "list.csv")
+    extract(extract_config(table, tmp_path / "c.zarr"))
+    with Reader(tmp_path / "c.zarr") as reader:
+        assert [(t.name, t.kind, t.classes) for t in reader.manifest.targets] == [
+            ("colour", "class", ("blue", "green", "red")),
+            ("age", "regression", ()),
+            ("marks", "multilabel", ("dark",)),
+        ]
+        colours = ["blue", "green", "red"]
+        known = [colours.index(row.key.split("/")[1]) for row in open_source(images).rows[1:]]
+        assert reader.labels().tolist() == [-1, *known]
+        expected = [n / 4 if n % 5 else np.nan for n in range(24)]
+        np.testing.assert_array_equal(reader.labels("age"), np.array(expected, np.float32))
+        assert reader.labels("marks")[:, 0].tolist() == [1, 0, -1] * 8
+        assert not {"labels", "classes"} & set(reader.manifest.identity["source"])
+    assert np.array_equal(arrays(tmp_path / "c.zarr"), arrays(zarr_cache))
+    shown = CliRunner().invoke(cli.main, ["inspect", str(tmp_path / "c.zarr")]).stdout
+    lines = dict(re.split(" {2,}", line, maxsplit=1) for line in shown.splitlines())
+    assert lines["target colour"] == "3 classes: blue 7, green 8, red 8"
+    assert lines["target age"] == "regression, 19 rows, min 0.25, mean 2.974, max 5.75"
+    assert lines["target marks"] == "multilabel, 1 classes: dark 8"
+    assert re.fullmatch(r"\d+(\.\d\d)? s", lines["extraction"])
+
+
+def test_labels_of_every_target_are_part_of_the_identity(images: Path, tmp_path: Path) -> None:
+    config = extract_config(several(images, tmp_path / "list.csv"), tmp_path / "c.zarr")
+    extract(config)
+    several(images, tmp_path / "list.csv", marks="dim")
+    with pytest.raises(IdentityMismatch, match=r"source\.targets\.marks\.classes") as caught:
+        extract(config)
+    assert [name for name, _, _ in caught.value.differences] == ["source.targets.marks.classes"]
+    several(images, tmp_path / "list.csv", order="marks,age")
+    with pytest.raises(IdentityMismatch, match="targets"):  # another one comes second
+        extract(config)
+    several(images, tmp_path / "list.csv")
+    assert extract(config).extracted_rows == 0
+
+
+def test_the_identity_of_one_class_target_is_as_ever(images: Path, zarr_cache: Path) -> None:
+    """Caches made before there were several targets are continued, not refused."""
+    source = open_source(images)
+    with Reader(zarr_cache) as reader:
+        identity = reader.manifest.identity["source"]
+    assert set(identity) == {"files", "keys", "labels", "classes", "splits"}
+    labels = [["blue", "green", "red"].index(row.key.split("/")[1]) for row in source.rows]
+    for name, values in (("labels", labels), ("classes", ["blue", "green", "red"])):
+        assert identity[name] == hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def test_extraction_seconds_add_up_over_legs(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.manifest.SHARD_BYTES", 1)
+    seen: list[float] = []
+
+    def stop(record: object) -> None:
+        if isinstance(record, stage.Extracted) and record.rows >= 15:
+            raise KeyboardInterrupt
+
+    begin = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        extract(extract_config(images, tmp_path / "c.zarr"), stop)
+    for _ in range(2):
+        with Reader(tmp_path / "c.zarr", allow_incomplete=True) as reader:
+            assert reader.seconds is not None
+            seen.append(reader.seconds)
+        result = extract(extract_config(images, tmp_path / "c.zarr"))
+    assert 0 < seen[0] < seen[1] < time.perf_counter() - begin
+    assert result.extracted_rows == 0
 
 
 def test_formats_hold_the_same_bytes(images: Path, tmp_path: Path) -> None:
@@ -264,6 +354,24 @@ def test_pruned_weights_are_kept_and_not_computed_again(
     for change in ({"reduction": 2}, {"ladder_init": None}):
         with pytest.raises(IdentityMismatch, match="ladder"):
             extract(dataclasses.replace(config, **change))  # type: ignore[arg-type]
+
+
+def test_fisher_takes_the_first_target_of_kind_class(images: Path, tmp_path: Path) -> None:
+    """Whatever stands before it; rows without a class are left out."""
+    pruned = {"ladder_init": "fisher", "reduction": 4, "fisher_samples": 50}
+    table = several(images, tmp_path / "list.csv")
+    records: list[object] = []
+    extract(extract_config(table, tmp_path / "a.zarr", **pruned), records.append)
+    weighed = [record for record in records if isinstance(record, stage.Weighed)]
+    assert weighed[-1] == stage.Weighed(done=11, total=11)  # of 12 training rows
+    header, *lines = table.read_text().splitlines()
+    table.write_text("\n".join([header.replace("label:colour", "labels:colour"), *lines]))
+    with pytest.raises(
+        SettingError, match=r"kind class.*there is colour \(multilabel\), age \(reg"
+    ):
+        extract(extract_config(table, tmp_path / "b.zarr", **pruned))
+    magnitude = {**pruned, "ladder_init": "magnitude"}
+    assert extract(extract_config(table, tmp_path / "b.zarr", **magnitude)).complete
 
 
 @pytest.mark.parametrize(
