@@ -128,6 +128,38 @@ def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def pass_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Flags of a training pass: what its members share, and what is done with the winner."""
+    options = (
+        click.option(
+            "--taps", default="all", show_default=True, help="Use only these of the cache's."
+        ),
+        click.option("--train-split", type=Names(), default="train", show_default=True),
+        click.option(
+            "--val-split", type=Names(), default="val", show_default=True, help="Or none."
+        ),
+        click.option("-b", "--batch-size", default=32, show_default=True, help="Of the pass."),
+        click.option("--order-seed", default=0, show_default=True, help="Order of batches."),
+        click.option(
+            "--resident",
+            type=click.Choice(["auto", "device", "ram", "disk"]),
+            default="auto",
+            show_default=True,
+            help="Where the features live.",
+        ),
+        compute_options,
+        click.option(
+            "--refit",
+            type=CommaList(int),
+            help="Then train the winner on train + val with these seeds, into OUT/refit.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace another run in --out."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def _load_config(ctx: click.Context, _param: click.Parameter, path: str | None) -> None:
     if path is None:
         return
@@ -466,17 +498,16 @@ def copy(as_json: bool, **values: Any) -> None:
     "--method", type=CommaList(str), required=True, help="last, lst, miet, attentive, linear."
 )
 @click.option("--out", required=True, help="The run directory to make, or to continue.")
-@click.option("--taps", default="all", show_default=True, help="Use only these of the cache's.")
-@click.option("--train-split", type=Names(), default="train", show_default=True)
-@click.option("--val-split", type=Names(), default="val", show_default=True, help="Or none.")
 @click.option("--lr", type=CommaList(float), help="Learning rate.")
 @click.option("--weight-decay", type=CommaList(float), help="Not on biases and norms.")
 @click.option("--epochs", type=CommaList(int), help="With the warm-up.")
 @click.option("--warmup-epochs", type=CommaList(int))
+@click.option("--warmup-lr", type=CommaList(float), help="Where the warm-up begins.")
 @click.option("--sched", type=CommaList(str), help="cosine or constant.")
 @click.option("--drop-path", type=CommaList(float), help="Of each residual branch and image.")
 @click.option("--smoothing", type=CommaList(float), help="Label smoothing.")
 @click.option("--seed", type=CommaList(int), help="Initialisation and drop-path.")
+@click.option("--task", type=CommaList(str), help="Targets to learn.  [default: the cache's first]")
 @click.option("--pool", type=CommaList(str), help="mean (patch tokens), cls; linear: clsmean.")
 @click.option("--rank", type=CommaList(int), help="last, miet: R.")
 @click.option("--heads", type=CommaList(int), help="last, miet, attentive: attention heads.")
@@ -492,21 +523,12 @@ def copy(as_json: bool, **values: Any) -> None:
     "--keep-layers", type=Words(), help="lst: all, every:2, last:3 or 1,2,3; several: spaces."
 )
 @click.option("--init", type=CommaList(str), help="lst: random or pruned.")
+@click.option("--temperature", type=CommaList(float), help="lst: of the gates.")
 @click.option("--mlp-ratio", type=CommaList(float), help="attentive: of the feed-forward block.")
 @click.option("--tap", type=CommaList(int), help="linear: the deepest tap it reads.")
 @click.option("--last-n", type=CommaList(int), help="linear: that many taps up to it.")
 @click.option("--merge", type=CommaList(str), help="linear: concat or mean of several taps.")
-@click.option("-b", "--batch-size", default=32, show_default=True, help="Of the pass.")
-@click.option("--order-seed", default=0, show_default=True, help="Order of batches, of the pass.")
-@click.option(
-    "--resident",
-    type=click.Choice(["auto", "device", "ram", "disk"]),
-    default="auto",
-    show_default=True,
-    help="Where the features live.",
-)
-@compute_options
-@click.option("--overwrite", is_flag=True, help="Replace another run in --out.")
+@pass_options
 @json_option
 @config_option
 def train(
@@ -521,6 +543,7 @@ def train(
     resident: str,
     device: str,
     amp: bool | None,
+    refit: list[int] | None,
     overwrite: bool,
     as_json: bool,
     **axes: list[Any] | None,
@@ -556,47 +579,112 @@ def train(
         overwrite=overwrite,
     )
     with Progress() as progress:
-
-        def report(record: Any) -> None:
-            match record:
-                case stage.Loading(rows=rows, total=total):
-                    progress.update("loading features", rows, total)
-                case stage.Start():
-                    progress.note(_start_line(record))
-                case stage.EpochDone(epoch=epoch, epochs=epochs):
-                    scored = "" if record.val_top1 is None else f", val {record.val_top1:.1%}"
-                    detail = f"loss {record.train_loss:.3f}{scored}"
-                    progress.update("training", epoch, epochs, detail)
-                case stage.MemberStopped(id=member, epoch=epoch, step=step):
-                    progress.note(
-                        f"member {member}: loss not finite at step {step} (epoch {epoch}); "
-                        f"it stops, the others go on"
-                    )
-
-        result = stage.train(config, report)
+        result = stage.train(config, lambda record: _show_pass(progress, record))
+        refitted = _refit(progress, config.out, refit, overwrite) if refit else None
     if as_json:
-        _print_json(dataclasses.asdict(result))
+        values = dataclasses.asdict(result)
+        values["members"] = [member.to_dict() for member in result.members]
+        _print_json({**values, "refit": refitted} if refitted else values)
         return
     if not result.epochs_trained:
         click.echo(f"{out}: already finished, nothing to do")
-    _print_table(result.members)
-    if result.epochs_trained:
+    _print_members(result.members)
+    if refitted:
+        _print_refit(refitted)
+    where = refitted["run"] if refitted else out
+    if result.epochs_trained or refitted:
         click.echo(
             f"{out}: {result.seconds:.1f} s, {result.images_per_second:,.0f} images/s. "
-            f"Next: sidecache evaluate {shlex.quote(out)}",
+            f"Next: sidecache evaluate {shlex.quote(where)}",
             err=True,
         )
 
 
+def _refit(progress: Progress, out: str, seeds: list[int], overwrite: bool) -> dict[str, Any]:
+    """Choose by validation, train on train + val; what `--json` shows of it."""
+    from pipeline.checkpoint import Run
+    from pipeline.refit import refit as refit_winners
+    from pipeline.refit import winners
+
+    run = Run(out)
+    winning = winners(run)
+    result = refit_winners(
+        run, seeds, winning, lambda record: _show_pass(progress, record), overwrite=overwrite
+    )
+    return {
+        "run": result.run,
+        "seeds": list(seeds),
+        "seconds": result.seconds,
+        "winners": [
+            {
+                "task": winner.task,
+                "method": winner.member.method,
+                "settings": {**winner.member.settings, **_learning(winner.member)},
+                "val": winner.score,
+                "val_deviation": winner.deviation,
+                "val_seeds": list(winner.seeds),
+            }
+            for winner in winning
+        ],
+    }
+
+
+def _learning(member: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(member).items() if k not in ("method", "settings", "seed")}
+
+
+def _print_refit(refitted: dict[str, Any]) -> None:
+    for winner in refitted["winners"]:
+        shown = ", ".join(f"{k} {v}" for k, v in winner["settings"].items() if k != "task")
+        seeds = winner["val_seeds"]
+        spread = f" ± {winner['val_deviation']:.4f}" if len(seeds) > 1 else ""
+        click.echo(
+            f"refit {winner['task']}: {winner['method']} ({shown}), "
+            f"val {winner['val']:.4f}{spread} "
+            f"over {_counted(len(seeds), 'seed')}; trained on train + val with "
+            f"{_counted(len(refitted['seeds']), 'seed')}: {refitted['run']}"
+        )
+
+
+def _show_pass(progress: Progress, record: Any) -> None:
+    """One of the records that `train` reports."""
+    from pipeline import train as stage
+
+    match record:
+        case stage.Loading(rows=rows, total=total):
+            progress.update("loading features", rows, total)
+        case stage.Start():
+            progress.note(_start_line(record))
+        case stage.EpochDone(epoch=epoch, epochs=epochs, metric=metric, score=score):
+            scored = "" if score is None else f", val {metric} {score:.1%}"
+            detail = f"loss {record.train_loss:.3f}{scored}"
+            progress.update("training", epoch, epochs, detail)
+        case stage.MemberStopped(id=member, epoch=epoch, reason=reason):
+            if not reason.startswith("pruned"):
+                progress.note(
+                    f"member {member}: {reason} (epoch {epoch}); it stops, the others go on"
+                )
+
+
 def _start_line(start: Any) -> str:
     again = f", continuing after epoch {start.epochs_done}" if start.epochs_done else ""
-    members = "1 member" if start.members == 1 else f"{start.members} members"
+    left_out = f" ({start.left_out:,} without any label left out)" if start.left_out else ""
     where = "on disk" if start.resident == "disk" else f"in {start.resident}"
     return (
-        f"{members}, {start.parameters:,} parameters, {start.train_rows:,} + {start.val_rows:,} "
-        f"rows on {start.device}, {start.precision}; features {where}, {_gb(start.bytes)}; "
+        f"{_counted(start.members, 'member')}, {start.parameters:,} parameters, "
+        f"{start.train_rows:,} + {start.val_rows:,} rows{left_out} on {start.device}, "
+        f"{start.precision}; features {where}, {_gb(start.bytes)}; "
         f"about {start.seconds_per_epoch:.2g} s an epoch{again}"
     )
+
+
+def _print_members(members: list[Any]) -> None:
+    """A leaderboard a task."""
+    for task in dict.fromkeys(member.settings["task"] for member in members):
+        same = [member for member in members if member.settings["task"] == task]
+        if len(same) < len(members):
+            click.secho(f"task {task}", bold=True)
+        _print_table(same)
 
 
 def _print_table(members: list[Any]) -> None:
@@ -606,21 +694,38 @@ def _print_table(members: list[Any]) -> None:
         shown = [n for n in names if n in ("rank", "gap", "depth", "pool", "lr", "epochs", "seed")]
     else:
         shown = [n for n in names if len({str(m.settings.get(n)) for m in members}) > 1]
-    header = ["id", "method", *shown, "parameters", "val top-1", "val loss", ""]
-    ranked = sorted(members, key=lambda m: (-(m.val_top1 or 0), m.val_loss or 0))
+    metric = members[0].metric
+    header = ["id", "method", *shown, "parameters", _titled(metric), "val loss", ""]
+    ranked = sorted(members, key=lambda m: (m.score is None, -(m.score or 0)))
     rows = [
         [
             m.id,
             m.method,
             *(str(m.settings.get(name, "")) for name in shown),
             f"{m.parameters:,}",
-            "" if m.val_top1 is None else f"{m.val_top1:.2%}",
-            "" if m.val_loss is None else f"{m.val_loss:.3f}",
+            _score_text(metric, m.score),
+            "" if m.scores["val_loss"] is None else f"{m.scores['val_loss']:.3f}",
             m.stopped or "",
         ]
         for m in ranked
     ]
     _echo_columns(header, rows)
+
+
+def _titled(metric: str) -> str:
+    """`val_top1` → `val top-1`."""
+    return metric.replace("_", " ").replace("top", "top-").replace("map", "mAP")
+
+
+def _score_text(metric: str, value: float | None) -> str:
+    """Fractions as percent; r2 and mae as they are."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if metric.endswith(("r2", "mae")) else f"{value:.2%}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def _echo_columns(header: list[str], rows: list[list[str]]) -> None:
@@ -631,9 +736,115 @@ def _echo_columns(header: list[str], rows: list[list[str]]) -> None:
 
 
 @main.command()
+@click.argument("cache")
+@click.option(
+    "--space",
+    type=click.Path(exists=True, dir_okay=False),
+    required=True,
+    help="YAML file: setting: value, list of values, or {low, high, log, step}.",
+)
+@click.option("--out", required=True, help="The run directory to make, or to continue.")
+@click.option("--trials", type=int, help="Members to propose.  [default with grid: all]")
+@click.option(
+    "--sampler",
+    type=click.Choice(["tpe", "random", "grid"]),
+    default="tpe",
+    show_default=True,
+    help="tpe learns from earlier rounds; grid tries every combination.",
+)
+@click.option("--sampler-seed", default=0, show_default=True, help="Same seed, same proposals.")
+@click.option("--at-once", default=16, show_default=True, help="Members trained in one pass.")
+@click.option("--halving", is_flag=True, help="Stop members early that lag behind others.")
+@pass_options
+@json_option
+@config_option
+def sweep(as_json: bool, refit: list[int] | None, **values: Any) -> None:
+    """Search the settings in --space: propose members, train many in one pass, repeat.
+
+    Every setting of `train` may stand in the space; what it leaves out comes from the method's
+    recipe. Validation ranks. RUN is then a run directory like that of `train`, with all members.
+    The same command continues a killed sweep; with more --trials it goes on.
+
+    \b
+    Example:
+      sidecache sweep photos.zarr --space examples/space.yaml --trials 64 --out runs/sweep
+    """
+    _settle()
+    from pipeline import sweep as stage
+
+    config = stage.SweepConfig(**values)
+    with Progress() as progress:
+
+        def report(record: Any) -> None:
+            match record:
+                case stage.RoundStarted(round=number, rounds=rounds, members=members):
+                    told = f"{record.trials_done} of {record.trials} trials are done"
+                    progress.note(f"round {number} of {rounds}: {members} members; {told}")
+                case stage.TrialDone(state="failed", number=number, reason=reason):
+                    progress.note(f"trial {number + 1} failed: {reason}")
+                case stage.TrialDone() | stage.MemberStopped():  # both are in the table below
+                    pass
+                case _:
+                    _show_pass(progress, record)
+
+        result = stage.sweep(config, report)
+        refitted = _refit(progress, config.out, refit, config.overwrite) if refit else None
+    if as_json:
+        values = dataclasses.asdict(result)
+        _print_json({**values, "refit": refitted} if refitted else values)
+        return
+    if not result.trained:
+        click.echo(f"{config.out}: already finished, nothing to do")
+    _print_trials(result.trials, result.metric)
+    counts = f"{result.done} done, {result.pruned} stopped early, {result.failed} failed"
+    best = f"best {result.best}" if result.best else "none was scored"
+    click.echo(f"{config.out}: {counts}; {best}")
+    if refitted:
+        _print_refit(refitted)
+    where = refitted["run"] if refitted else config.out
+    if (result.trained or refitted) and result.best:
+        click.echo(
+            f"{result.seconds:.1f} s. Next: sidecache evaluate {shlex.quote(where)}", err=True
+        )
+
+
+def _print_trials(trials: list[Any], metric: str | None) -> None:
+    """The best trials with the settings that the space left open."""
+    trained = [trial for trial in trials if trial.member]
+    shown = trained[:10]
+    names = list(dict.fromkeys(name for trial in shown for name in trial.settings))
+    header = ["id", "method", *names, _titled(metric or "score"), "val loss", ""]
+    rows = [
+        [
+            trial.member,
+            trial.method,
+            *(_short(trial.settings.get(name, "")) for name in names),
+            _score_text(metric or "", trial.score),
+            "" if trial.loss is None else f"{trial.loss:.3f}",
+            trial.reason or "",
+        ]
+        for trial in shown
+    ]
+    _echo_columns(header, rows)
+    if len(trained) > len(shown):
+        click.echo(f"… {len(trained) - len(shown)} more in summary.csv")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@main.command()
 @click.argument("run")
 @click.argument("images", required=False)
-@click.option("--member", help="Member id.  [default: the best on validation]")
+@click.option(
+    "--member",
+    "members",
+    type=Names(),
+    default=(),
+    help="Member ids, or all.  [default: the best on validation; all of a refit]",
+)
+@click.option("--task", help="Of a run with several.  [default: the best member of each]")
 @click.option("--cache", help="Another cache than the run's own.")
 @click.option("--split", type=Names(), default="test", show_default=True)
 @click.option("--weights", type=click.Path(), help="Backbone weights, with IMAGES.")
@@ -642,7 +853,7 @@ def _echo_columns(header: list[str], rows: list[list[str]]) -> None:
 @compute_options
 @json_option
 def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None:
-    """Score a trained member of RUN on a split: from the cache, or live from IMAGES.
+    """Score trained members of RUN on a split: from the cache, or live from IMAGES.
 
     What is measured is also appended to RUN/evaluations.jsonl.
 
@@ -651,23 +862,73 @@ def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None
       sidecache evaluate runs/last --split test
     """
     _settle()
-    from pipeline.evaluate import evaluate as evaluate_run
+    from pipeline import evaluate as stage
 
     with Progress() as progress:
-        result = evaluate_run(
+        results = stage.evaluate(
             run,
             images=images,
             report=lambda r: progress.update("evaluating", r.rows, r.total),
             **values,
         )
+    spread = {
+        task: stage.mean_and_deviation(same)
+        for task in dict.fromkeys(r.task for r in results)
+        if len(same := [r for r in results if r.task == task]) > 1
+    }
     if as_json:
-        _print_json(dataclasses.asdict(result))
+        listed = [result.to_dict() for result in results]
+        _print_json(listed[0] if len(listed) == 1 else {"members": listed, "mean": spread})
         return
-    click.echo(
-        f"{run} {result.member}, {'+'.join(result.split)}{' (live)' if result.live else ''}: "
-        f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}, "
-        f"n = {result.n:,}"
-    )
+    several = len({result.task for result in results}) > 1
+    for result in results:
+        named = f"{result.member} ({result.task})" if several else result.member
+        scores = "".join(f"{_titled(k)} {_score_text(k, v)}, " for k, v in result.scores.items())
+        click.echo(
+            f"{run} {named}, {'+'.join(result.split)}{' (live)' if result.live else ''}: "
+            f"{scores}loss {result.loss:.4f}, n = {result.n:,}"
+        )
+    for task, of_task in spread.items():
+        members = sum(result.task == task for result in results)
+        told = ", ".join(
+            f"{_titled(k)} {_score_text(k, a)} ± {_score_text(k, d)}"
+            for k, (a, d) in of_task.items()
+        )
+        click.echo(f"{run} mean of {_counted(members, 'member')}{f', {task}' * several}: {told}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option(
+    "--out", type=click.Path(dir_okay=False), help="The page.  [default: RUN/report.html]"
+)
+@click.option("--member", help="Look closely at this one.  [default: the best on validation]")
+@click.option("--images", help="The cache's images, as in `extract`: thumbnails of mistakes.")
+@compute_options
+@json_option
+def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:
+    """Write one page about finished RUNS: leaderboard, curves, settings, mistakes, cost.
+
+    The page is one HTML file that needs no network. Mistakes are those on the validation split;
+    test rows are never read here. The page of several runs is report.html in this folder, and
+    ranks members together where they learned the same task from the same images.
+
+    \b
+    Example:
+      sidecache report runs/last --images photos/
+    """
+    _settle()
+    from pipeline.report import report as write_report
+
+    written = write_report(runs, **values)
+    for text in written.left_out:
+        click.echo(f"left out: {text}", err=True)
+    if as_json:
+        _print_json(dataclasses.asdict(written))
+        return
+    of = "" if written.runs == 1 else f" of {written.runs} runs"
+    members = "1 member" if written.members == 1 else f"{written.members} members"
+    click.echo(f"{written.out}: {members}{of}")
 
 
 @main.command()
@@ -676,6 +937,7 @@ def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None
 @click.option("--top-k", default=5, show_default=True)
 @click.option("--csv", "csv_file", type=click.Path(dir_okay=False), help="Write a CSV instead.")
 @click.option("--member", help="Member id.  [default: the best on validation]")
+@click.option("--task", help="Whose best member, in a run of several tasks.")
 @click.option("--weights", type=click.Path(), help="Backbone weights from a file.")
 @click.option("-b", "--batch-size", default=64, show_default=True)
 @click.option("-j", "--workers", default=0, show_default=True, help="Decoding processes.")
@@ -705,22 +967,31 @@ def predict(
             writer = csv.writer(file)
             writer.writerow(["path", "rank", "class", "probability"])
             for p in read:
+                if p.value is not None:
+                    writer.writerow([p.path, 1, f"{p.value:.6g}", ""])
                 ranked = enumerate(zip(p.classes, p.probabilities, strict=True), start=1)
                 writer.writerows([p.path, rank, c, f"{q:.6f}"] for rank, (c, q) in ranked)
     if as_json:
-        keys = ("path", "classes", "probabilities")
-        _print_json([{key: getattr(p, key) for key in keys} for p in read])
+        _print_json([_prediction_json(p) for p in read])
     elif csv_file:
         click.echo(f"{csv_file}: {len(read):,} photographs")
     else:
         for p in read:
             best = zip(p.classes, p.probabilities, strict=True)
-            click.echo(f"{p.path}: " + ", ".join(f"{name} {value:.1%}" for name, value in best))
+            told = ", ".join(f"{name} {value:.1%}" for name, value in best)
+            click.echo(f"{p.path}: {told if p.value is None else f'{p.value:.6g}'}")
     for p in found:
         if p.error is not None:
             click.echo(f"sidecache: {p.error}", err=True)
     if len(read) < len(found):
         raise SystemExit(1)
+
+
+def _prediction_json(prediction: Any) -> dict[str, Any]:
+    keys = (
+        ("path", "value") if prediction.value is not None else ("path", "classes", "probabilities")
+    )
+    return {key: getattr(prediction, key) for key in keys}
 
 
 @main.command()

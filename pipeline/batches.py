@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -24,8 +24,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from cache import Reader, Stack
+from cache import Reader, Stack, Target
 from pipeline.errors import SettingError
+from pipeline.metrics import Task
 from pipeline.side import FeatureSpec, Operands, SideNetwork, TokenShape
 from pipeline.taps import HostBuffer, choose_taps, host_buffer, restore
 
@@ -36,13 +37,28 @@ _CHUNK_BYTES = 8 * 2**20  # of features, turned into operands at a time: stays i
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows: the operands of each network (networks alike share theirs), and the labels (B,)."""
+    """B rows: the operands of each network (networks alike share theirs), each task's labels."""
 
     operands: list[Operands]
-    labels: Tensor
+    labels: dict[str, Tensor]
 
 
-def feature_spec(reader: Reader, classes: int, taps: str = "all") -> FeatureSpec:
+@dataclass(frozen=True)
+class LabelledRows:
+    """Row numbers of a cache, and for each task its labels of these rows (`pipeline.metrics`).
+
+    `left_out` counts the rows that have no label for any target of the cache.
+    """
+
+    rows: np.ndarray
+    labels: Mapping[str, np.ndarray]
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def feature_spec(reader: Reader, outputs: int, taps: str = "all") -> FeatureSpec:
     """What the cache tells a side network; of its taps those that `taps` chooses.
 
     Raises SettingError if `taps` chooses none, or one that the cache lacks.
@@ -55,7 +71,7 @@ def feature_spec(reader: Reader, classes: int, taps: str = "all") -> FeatureSpec
     norm = reader.final_norm
     return FeatureSpec(
         taps={tap: shapes[tap] for tap in choose_taps(taps, tuple(shapes))},
-        classes=classes,
+        classes=outputs,
         norm=norm["kind"],
         norm_eps=norm["eps"],
         norm_weight=_tensor(norm.get("weight")),
@@ -70,42 +86,67 @@ def initial_weights(reader: Reader) -> dict[str, Tensor]:
     return {name: torch.from_numpy(table) for name, table in tables.items()}
 
 
-def labelled_rows(reader: Reader, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the splits and their labels. SettingError if there are none, or unlabelled ones."""
+def labelled_rows(reader: Reader, splits: Sequence[str], tasks: Sequence[str]) -> LabelledRows:
+    """Rows of the splits that have a label for some target of the cache, with those of `tasks`.
+
+    Which rows does not depend on `tasks`: members share the batches, whatever they learn. Raises
+    SettingError if a task has no label there.
+    """
     if not splits:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    rows = reader.split_rows(*splits)
-    labels = reader.labels()[rows]
+        return LabelledRows(np.empty(0, np.int64), {})
+    found = reader.split_rows(*splits)
+    tables = {target.name: reader.labels(target.name)[found] for target in reader.manifest.targets}
+    known = {
+        target.name: Task(name=target.name, kind=target.kind)
+        .known(torch.from_numpy(tables[target.name]))
+        .numpy()
+        for target in reader.manifest.targets
+    }
     named = " + ".join(splits)
-    if len(rows) == 0:
+    if len(found) == 0:
         raise SettingError(f"split {named}: it has no rows")
-    if (labels < 0).any():
-        key = reader.keys[int(rows[int(np.argmax(labels < 0))])]
-        raise SettingError(
-            f"split {named}: {int((labels < 0).sum())} rows have no label, first {key}"
-        )
-    return rows, labels
+    for task in tasks:
+        if not known[task].any():
+            raise SettingError(f"split {named}: none of its {len(found):,} rows has a {task}")
+    kept = np.any(list(known.values()), axis=0)
+    return LabelledRows(
+        rows=found[kept],
+        labels={task: tables[task][kept] for task in tasks},
+        left_out=int((~kept).sum()),
+    )
+
+
+def make_task(target: Target, train: LabelledRows) -> Task:
+    """A target as members learn it; a regression is standardised by the training rows."""
+    task = Task(name=target.name, kind=target.kind, classes=target.classes)
+    if target.kind != "regression":
+        return task
+    values = train.labels[target.name].astype(np.float64)
+    return replace(task, centre=float(np.nanmean(values)), scale=float(np.nanstd(values)) or 1.0)
 
 
 class Batches:
     """Rows of a cache as batches of operands for some networks.
 
-    `rows` are row numbers of the cache, `labels` theirs. Networks whose operands are equal
-    (`operand_key`) share one copy. Call `load` once, then `epoch` as often as wanted.
+    Networks whose operands are equal (`operand_key`) share one copy. Call `load` once, then `epoch`
+    as often as wanted. `bytes_read` counts what was read from the cache so far.
     """
 
     def __init__(
         self,
         reader: Reader,
-        rows: np.ndarray,
-        labels: np.ndarray,
+        labelled: LabelledRows,
         networks: Sequence[SideNetwork],
         *,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.reader, self.rows, self.device, self.dtype = reader, rows, device, dtype
-        self.labels = torch.from_numpy(np.ascontiguousarray(labels)).to(device)
+        self.reader, self.rows, self.device, self.dtype = reader, labelled.rows, device, dtype
+        self.labels = {
+            task: torch.from_numpy(np.ascontiguousarray(labels)).to(device)
+            for task, labels in labelled.labels.items()
+        }
+        self.bytes_read = 0
         keys = [network.operand_key for network in networks]
         self._source_of = [keys.index(key) for key in keys]
         self._makers = {i: networks[i] for i in sorted(set(self._source_of))}
@@ -151,9 +192,11 @@ class Batches:
         self._resident = resident
 
     def epoch(self, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
-        """All rows once, in `order` (positions within `rows`), or as they lie."""
+        """Batches of the rows in `order` (positions within `rows`); of all as they lie."""
         if order is None:
             order = torch.arange(len(self.rows))
+        if len(order) == 0:
+            return
         places = order.split(batch_size)
         if self._resident is None:
             features = self._prefetched([self.rows[place.numpy()] for place in places])
@@ -176,7 +219,8 @@ class Batches:
         return out
 
     def _batch(self, made: dict[int, Operands], place: Tensor) -> Batch:
-        labels = self.labels[place.to(self.device)]
+        place = place.to(self.device)
+        labels = {task: values[place] for task, values in self.labels.items()}
         return Batch([made[i] for i in self._source_of], labels)
 
     def _make(self, stored: dict[str, Tensor]) -> dict[int, Operands]:
@@ -236,6 +280,7 @@ class Batches:
             while waiting:
                 future, buffers, size = waiting.popleft()
                 future.result()
+                self.bytes_read += size * self._row_read_bytes
                 yield {name: buffer.tensor[:size] for name, buffer in buffers.items()}
                 if self.device.type == "cuda":
                     torch.cuda.current_stream(self.device).synchronize()  # its copy has ended

@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -32,11 +33,12 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 from pipeline.errors import RunError
+from pipeline.metrics import RANKED_BY, Task
 from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
-CHECKPOINT, SUMMARY, MEMBERS = "checkpoint.pt", "summary.csv", "members"
-CARD_VERSION = 2  # of adapter_config.json; version 1 knew plain ViTs only
+CHECKPOINT, SUMMARY, MEMBERS, COST = "checkpoint.pt", "summary.csv", "members", "cost.json"
+CARD_VERSION = 3  # of adapter_config.json; 1 knew plain ViTs only, 2 one class target
 _NORM_WEIGHT, _NORM_BIAS = "final_norm.weight", "final_norm.bias"
 
 
@@ -49,9 +51,9 @@ class TrainedMember:
     card: dict[str, Any]
 
     @property
-    def classes(self) -> list[str]:
-        """Class names in the order of the logits."""
-        return self.card["classes"]
+    def task(self) -> Task:
+        """What it learned to predict."""
+        return Task.from_dict(self.card["target"])
 
 
 class Run:
@@ -110,8 +112,9 @@ class Run:
         path = self.path / METRICS
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write summary.csv, which makes the run finished, and drop the checkpoint."""
+    def finish(self, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> None:
+        """Write cost.json, then summary.csv, which makes the run finished; drop the checkpoint."""
+        self._write(COST, json.dumps(cost, indent=1) + "\n")
         names = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -152,24 +155,30 @@ class Run:
         text = json.dumps({**card, "features": spec}, indent=1) + "\n"
         self._write(f"{MEMBERS}/{member_id}/adapter_config.json", text)
 
-    def best_member(self) -> str:
-        """The member with the best validation top-1, lower loss first among equals; the first
-        one if nothing was validated. Test numbers cannot enter: they are not in the summary."""
-        rows = self.summary()
+    def tasks(self) -> list[str]:
+        """The tasks that the members learned, in order of appearance."""
+        return list(dict.fromkeys(row["task"] for row in self.summary()))
 
-        def rank(row: dict[str, str]) -> tuple[float, float]:
-            if not row.get("val_top1"):
-                return (0.0, 0.0)
-            return (-float(row["val_top1"]), float(row["val_loss"]))
+    def best_member(self, task: str | None = None) -> str:
+        """The member with the best validation score, lower loss first among equals; the first one
+        if nothing was validated. One that was stopped early is best only if all were. Test numbers
+        cannot enter: they are not in the summary.
 
-        return min(rows, key=rank)["id"]
+        Raises RunError if the members learned several tasks and none of them is named.
+        """
+        rows, known = self.summary(), self.tasks()
+        if task not in known and (task is not None or len(known) > 1):
+            raise RunError(
+                f"{self.path}: expected one of its tasks, {', '.join(known)}; came {task}. Scores "
+                "of different tasks are not compared: name a task, or a member."
+            )
+        return min((row for row in rows if task in (None, row["task"])), key=_rank)["id"]
 
-    def load_member(self, member_id: str | None, device: torch.device) -> TrainedMember:
-        """A member of a finished run (None: the best on validation). RunError if unknown."""
-        member_id = member_id or self.best_member()
+    def load_member(self, member_id: str, device: torch.device) -> TrainedMember:
+        """A member of a finished run. RunError if unknown."""
         folder = self.path / MEMBERS / member_id
         if not (folder / "adapter_config.json").exists():
-            known = sorted(path.name for path in (self.path / MEMBERS).glob("*"))
+            known = [row["id"] for row in self.summary()]
             raise RunError(
                 f"{self.path}: no member {member_id!r}; it has {', '.join(known) or 'none'}"
             )
@@ -222,6 +231,29 @@ class Run:
         partial = self.path / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
+
+
+def member_id(position: int) -> str:
+    """Short and stable: m0, m1, …; the settings stand in the files beside it."""
+    return f"m{position}"
+
+
+def position_of(member: str) -> int:
+    """The inverse of `member_id`."""
+    return int(member.removeprefix("m"))
+
+
+def score_of(row: Mapping[str, str]) -> float | None:
+    """The validation score that ranks, in a line of summary.csv; None if nothing was validated."""
+    values = [row.get(f"val_{name}") for name in RANKED_BY.values()]
+    return next((float(value) for value in values if value), None)
+
+
+def _rank(row: Mapping[str, str]) -> tuple[bool, float, float]:
+    stopped, score = bool(row["stopped"]), score_of(row)
+    if score is None or not math.isfinite(score):
+        return (stopped, math.inf, 0.0)
+    return (stopped, -score, float(row["val_loss"]))
 
 
 def environment() -> dict[str, Any]:

@@ -132,7 +132,8 @@ def _check_gather(config: ExtractConfig | CopyConfig) -> None:
 class Member:
     """One side network to train: its method, the settings that shape it, and how it learns.
 
-    `epochs` includes `warmup_epochs`. `settings` are the method's own (rank, gap, pool, …).
+    `epochs` includes `warmup_epochs`. `settings` are the method's own (rank, gap, pool, …). `task`
+    names a target of the cache; "" is its first.
     """
 
     method: str
@@ -146,6 +147,7 @@ class Member:
     drop_path: float = 0.0
     smoothing: float = 0.0
     seed: int = 0
+    task: str = ""
 
     SCHEDULES = ("cosine", "constant")
 

@@ -7,8 +7,9 @@ The test split is read here and nowhere else. What was measured is appended to t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -19,21 +20,30 @@ from pipeline.checkpoint import Run, TrainedMember
 from pipeline.device import pick_device, pick_precision
 from pipeline.errors import ImageError, RunError
 from pipeline.members import score
-from pipeline.metrics import Scores, Tally
+from pipeline.metrics import Scores
+from pipeline.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Scores of one member on some splits of a cache or of images (`live`)."""
+    """Scores of one member on some splits of a cache or of images (`live`).
+
+    `scores` are those of the task's kind, the one that ranks first (`pipeline.metrics`).
+    """
 
     run: str
     member: str
+    task: str
     split: tuple[str, ...]
     live: bool
-    top1: float
-    top5: float
+    scores: dict[str, float]
     loss: float
     n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the scores beside the rest, as evaluations.jsonl and `--json` hold it."""
+        values = dict(vars(self))
+        return {**values, **values.pop("scores")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +58,8 @@ def evaluate(
     run: str | Path,
     *,
     split: Sequence[str] = ("test",),
-    member: str | None = None,
+    members: Sequence[str] = (),
+    task: str | None = None,
     cache: str | Path | None = None,
     images: str | None = None,
     weights: str | Path | None = None,
@@ -57,42 +68,77 @@ def evaluate(
     device: str = "auto",
     amp: bool | None = None,
     report: Callable[[Evaluated], None] = lambda _: None,
-) -> Evaluation:
-    """Score `member` (None: the best on validation) on `split`.
+) -> list[Evaluation]:
+    """Score `members` on `split`; none named: the best on validation, of each task or of `task`.
 
-    Reads `cache`, by default the one it was trained from, or, with `images`, runs the backbone
-    (whose `weights` file may be given). Raises RunError if run, member, backbone or classes do
-    not fit, and the errors of the cache, the source and the backbone.
+    A run without validation (as a refit leaves it) has no best member: all are scored, "all" asks
+    for that anywhere. Reads `cache`, by default the one it was trained from, or, with `images`,
+    runs the backbone (whose `weights` file may be given). Raises RunError if run, member, backbone
+    or classes do not fit, and the errors of the cache, the source and the backbone.
     """
     directory = Run(run)
     chosen = pick_device(device)
-    trained = directory.load_member(member, chosen)
+    trained = [directory.load_member(m, chosen) for m in _choose(directory, members, task)]
     if images is not None:
-        scores = _live(trained, images, split, weights, batch_size, workers, chosen, amp, report)
+        source = str(images)
+        scores = [
+            _live(member, images, split, weights, batch_size, workers, chosen, amp, report)
+            for member in trained
+        ]
     else:
-        location = cache or directory.config().cache
-        scores = _cached(trained, location, split, chosen, amp)
-    result = Evaluation(
-        run=str(run), member=trained.id, split=tuple(split), live=images is not None, **vars(scores)
-    )
-    source = str(images if images is not None else location)
-    directory.write_evaluation({**asdict(result), "source": source})
-    return result
+        source = str(cache or directory.config().cache)
+        scores = _cached(trained, source, split, chosen, amp)
+    results = [
+        Evaluation(
+            run=str(run),
+            member=member.id,
+            task=member.task.name,
+            split=tuple(split),
+            live=images is not None,
+            scores=found.values,
+            loss=found.loss,
+            n=found.n,
+        )
+        for member, found in zip(trained, scores, strict=True)
+    ]
+    for result in results:
+        directory.write_evaluation({**result.to_dict(), "source": source})
+    return results
+
+
+def mean_and_deviation(evaluations: Sequence[Evaluation]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation (0 of one) of each score over members of one task."""
+    values = {
+        name: [evaluation.scores[name] for evaluation in evaluations]
+        for name in evaluations[0].scores
+    }
+    return {n: (mean(v), stdev(v) if len(v) > 1 else 0.0) for n, v in values.items()}
+
+
+def _choose(run: Run, members: Sequence[str], task: str | None) -> list[str]:
+    rows = run.summary()
+    if tuple(members) == ("all",) or not (members or run.config().val_split):
+        return [row["id"] for row in rows if task in (None, row["task"])]
+    return list(members) or [run.best_member(name) for name in ([task] if task else run.tasks())]
 
 
 def _cached(
-    trained: TrainedMember,
-    location: str | Path,
+    trained: Sequence[TrainedMember],
+    location: str,
     split: Sequence[str],
     device: torch.device,
     amp: bool | None,
-) -> Scores:
-    with Reader(location) as reader:
-        _check_fit(trained, reader)
-        rows, labels = labelled_rows(reader, split)
+) -> list[Scores]:
+    with Reader(location) as reader, Workers(len(trained), device) as workers:
+        for member in trained:
+            _check_fit(member, reader)
+        tasks = list(dict.fromkeys(member.task.name for member in trained))
+        rows = labelled_rows(reader, split, tasks)
+        networks = [member.network for member in trained]
         dtype = pick_precision(device, amp)
-        batches = Batches(reader, rows, labels, [trained.network], device=device, dtype=dtype)
-        return score([trained.network], batches)[0][0]
+        batches = Batches(reader, rows, networks, device=device, dtype=dtype)
+        entries = [(i, member.network, member.task) for i, member in enumerate(trained)]
+        return [scores for (scores,) in score(entries, batches, workers)]
 
 
 def _live(
@@ -109,31 +155,34 @@ def _live(
     from pipeline.live import go_live  # stage two must not need these
     from pipeline.sources import open_source
 
-    source = open_source(images, splits=tuple(split), classes={"label": tuple(trained.classes)})
+    task = trained.task
+    source = open_source(images, splits=tuple(split), classes={task.name: task.classes})
     live = go_live(trained, weights=weights, device=device, amp=amp)
-    labels = torch.from_numpy(source.target("label").values).to(device)
-    tally = Tally(1, device)
-    for start, logits, failures in live.batches(source, batch_size=batch_size, workers=workers):
+    labels = torch.from_numpy(source.target(task.name).values).to(device)
+    tally = task.tally(1, device)
+    for start, outputs, failures in live.batches(source, batch_size=batch_size, workers=workers):
         if failures:
             raise ImageError(next(iter(failures.values())))
-        stop = start + len(logits)
-        tally.add(logits[None], labels[start:stop])
+        stop = start + len(outputs)
+        tally.add(outputs[None], labels[start:stop])
         report(Evaluated(rows=stop, total=len(source.rows)))
     return tally.scores()[0]
 
 
 def _check_fit(trained: TrainedMember, reader: Reader) -> None:
-    """Another cache will do if it was made the same way, for the same classes."""
-    card, manifest = trained.card, reader.manifest
+    """Another cache will do if it was made the same way, for the same target."""
+    card, manifest, task = trained.card, reader.manifest, trained.task
     if card["cache_fingerprint"] == reader.fingerprint:
         return
     learned = trained.network.spec.taps
-    found = feature_spec(reader, len(trained.classes)).taps
+    found = feature_spec(reader, task.outputs).taps
+    target = reader.target(task.name)
     both = [tap for tap in learned if tap in found]
     pairs: dict[str, tuple[Any, Any]] = {
         "backbone": (card["backbone"], manifest.identity["backbone"]),
         "preprocessing": (card["preprocessing"], manifest.identity["preprocessing"]),
-        "classes": (card["classes"], list(manifest.targets[0].classes)),
+        "classes": (list(task.classes), list(target.classes)),
+        "kind of target": (task.kind, target.kind),
         "shapes": ([learned[tap] for tap in both], [found[tap] for tap in both]),
     }
     differing = [name for name, (learned, came) in pairs.items() if learned != came]

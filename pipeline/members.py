@@ -2,12 +2,14 @@
 
 A stack is one network of K members with one optimiser. What belongs to a member alone (its
 initialisation, drop-path stream, learning rate, weight decay, smoothing, the first bad loss) is a
-row of a tensor here; nothing mixes members.
+row of a tensor here; nothing mixes members. A member whose schedule has ended, or that was stopped,
+leaves its stack between epochs, and costs nothing from then on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,28 +18,35 @@ from torch import Tensor
 from pipeline.batches import Batch, Batches
 from pipeline.config import Member, cross
 from pipeline.errors import MissingTaps, SettingError
-from pipeline.metrics import Scores, Tally, cross_entropy
-from pipeline.optim import MemberAdamW
+from pipeline.metrics import Scores, Task
+from pipeline.optim import MemberAdamW, learning_rate
 from pipeline.side import ALIASES, METHODS, FeatureSpec, Settings, SideNetwork
+from pipeline.workers import Workers
 
 EVAL_BATCH = 64
+STACKED_ON_CPU = 2  # members a stack; more stacks than cores keep all cores busy
 
 
 class Stack:
-    """Members of one method and one shape: a network of K, its optimiser, its schedules."""
+    """Members of one method, one shape and one task: a network of K, its optimiser, its schedules.
+
+    `positions` are the members' places in the pass. Call `begin_epoch`, then `step` per batch.
+    """
 
     def __init__(
         self,
         spec: FeatureSpec,
         settings: Settings,
         members: Sequence[tuple[int, Member]],
+        task: Task,
         device: torch.device,
         initial: Mapping[str, Tensor],
     ) -> None:
-        method = METHODS[members[0][1].method]
+        self._made_of = (spec, settings, task, device, initial)
         self.positions = [position for position, _ in members]
         self.members = [member for _, member in members]
-        self.settings = settings
+        self.settings, self.task = settings, task
+        method = METHODS[self.members[0].method]
         self.network: SideNetwork = method(spec, settings, [m.seed for m in self.members])
         self.network.start_from(initial)
         self.network.to(device)
@@ -46,47 +55,83 @@ class Stack:
         self.smoothing = torch.tensor([m.smoothing for m in self.members], device=device)
         self.drop_path = torch.tensor([m.drop_path for m in self.members])
         self.bad_step = torch.full((len(members),), -1, device=device)  # of the first bad loss
-        self.loss_sum = torch.zeros(len(members), device=device)
+        self.loss_sum = torch.zeros(len(members), device=device)  # over the epoch's labelled rows
+        self.rows_seen = torch.zeros((), device=device)
 
     @property
     def parameters(self) -> int:
         """Of one member."""
         return self.optimiser.parameters_each
 
-    def streams(self, epoch: int) -> list[torch.Generator]:
-        """One random stream a member for this epoch's drop-path, from its own seed."""
-        return [
+    @property
+    def train_loss(self) -> list[float]:
+        """Mean over the rows of the epoch so far, per member."""
+        return (self.loss_sum / self.rows_seen.clamp_min(1)).tolist()
+
+    def begin_epoch(self, epoch: int, steps: int) -> None:
+        """Before the first of the epoch's `steps`: learning rates, random streams, empty sums."""
+        rates = [[learning_rate(m, epoch + i / steps) for m in self.members] for i in range(steps)]
+        self._rates = torch.tensor(rates, device=self.loss_sum.device)  # (steps, K)
+        self._first_step = epoch * steps
+        self._streams = [
             torch.Generator().manual_seed((m.seed * 1_000_003 + 7919 * (epoch + 1)) % 2**63)
             for m in self.members
         ]
+        self.loss_sum.zero_()
+        self.rows_seen.zero_()
+        self.network.train()
 
-    def keep(self, batch: int, streams: Sequence[torch.Generator]) -> Tensor | None:
-        """Drop-path factors (K, sites, B): 0, or 1 / (1 - rate). None if no member drops."""
-        sites = self.network.drop_sites
-        if sites == 0 or not self.drop_path.any():
-            return None
-        rate = self.drop_path[:, None, None]
-        draws = torch.stack([torch.rand(sites, batch, generator=s) for s in streams])
-        return (draws >= rate).float() / (1 - rate)
-
-    def step(self, batch: Batch, index: int, lr: Tensor, keep: Tensor | None, number: int) -> None:
-        """One training step on the operands at `index`; `number` counts steps of the pass."""
-        logits = self.network(batch.operands[index], keep)
-        loss = cross_entropy(logits, batch.labels, self.smoothing)  # (K,)
+    def step(self, batch: Batch, index: int) -> None:
+        """One training step on the operands at `index`."""
+        labels, number = batch.labels[self.task.name], self.optimiser.steps
+        outputs = self.network(batch.operands[index], self._keep(labels))
+        loss = self.task.loss(outputs, labels, self.smoothing)  # (K,)
         self.optimiser.zero_gradient()
         loss.sum().backward()
         loss = loss.detach()
         newly_bad = ~loss.isfinite() & (self.bad_step < 0)
         self.bad_step = torch.where(newly_bad, number, self.bad_step)
-        self.loss_sum += loss
-        self.optimiser.step(lr, (self.bad_step < 0) & (lr > 0))
+        rows = self.task.known(labels).sum()
+        self.loss_sum += loss * rows
+        self.rows_seen += rows
+        self.optimiser.step(self._rates[number - self._first_step], self.bad_step < 0)
+
+    def _keep(self, labels: Tensor) -> Tensor | None:
+        """Drop-path factors (K, sites, B): 0, or 1 / (1 - rate). None if no member drops."""
+        sites = self.network.drop_sites
+        if sites == 0 or not self.drop_path.any():
+            return None
+        rate = self.drop_path[:, None, None]
+        draws = torch.stack([torch.rand(sites, len(labels), generator=s) for s in self._streams])
+        return ((draws >= rate).float() / (1 - rate)).to(labels.device)
+
+    def without(self, positions: set[int]) -> Stack | None:
+        """The same stack less the members at `positions`; None if none is left."""
+        left = [place for place, at in enumerate(self.positions) if at not in positions]
+        if not left:
+            return None
+        spec, settings, task, device, initial = self._made_of
+        members = [(self.positions[place], self.members[place]) for place in left]
+        smaller = Stack(spec, settings, members, task, device, initial)
+        smaller.optimiser.take(self.optimiser, left)
+        return smaller
 
     def state(self) -> dict[str, Any]:
-        return {"optimiser": self.optimiser.state(), "bad_step": self.bad_step}
+        """All that a checkpoint needs, in the middle of an epoch too."""
+        return {
+            "positions": self.positions,
+            "optimiser": self.optimiser.state(),
+            "streams": [stream.get_state() for stream in self._streams],
+            **{name: getattr(self, name) for name in ("bad_step", "loss_sum", "rows_seen")},
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`, after `begin_epoch`."""
         self.optimiser.restore(state["optimiser"])
-        self.bad_step.copy_(state["bad_step"])
+        for stream, values in zip(self._streams, state["streams"], strict=True):
+            stream.set_state(values)
+        for name in ("bad_step", "loss_sum", "rows_seen"):
+            getattr(self, name).copy_(state[name])
 
 
 def make_members(methods: Sequence[str], axes: Mapping[str, Sequence[Any]]) -> tuple[Member, ...]:
@@ -118,21 +163,30 @@ def make_members(methods: Sequence[str], axes: Mapping[str, Sequence[Any]]) -> t
 def make_stacks(
     members: Sequence[Member],
     spec: FeatureSpec,
+    tasks: Mapping[str, Task],
     device: torch.device,
     initial: Mapping[str, Tensor] | None = None,
 ) -> list[Stack]:
-    """Group members by method and shape; `initial` is what `SideNetwork.start_from` may take.
+    """Group members by method, shape and task; on a CPU in stacks of a few, for its cores.
 
+    Every member's task is a key of `tasks`. `initial` is what `SideNetwork.start_from` may take.
     Raises SettingError and MissingTaps naming the member's method and the setting or the taps.
     """
-    groups: dict[tuple[str, Settings], list[tuple[int, Member]]] = {}
+    groups: dict[tuple[str, Settings, str], list[tuple[int, Member]]] = {}
     for position, member in enumerate(members):
-        settings = method_settings(member)
-        groups.setdefault((member.method, settings), []).append((position, member))
+        if member.smoothing and tasks[member.task].kind == "regression":
+            raise SettingError(f"smoothing = {member.smoothing}: expected 0 for a regression")
+        key = (member.method, method_settings(member), member.task)
+        groups.setdefault(key, []).append((position, member))
     stacks = []
-    for (method, settings), group in groups.items():
+    for (method, settings, name), group in groups.items():
+        task = tasks[name]
+        own = replace(spec, classes=task.outputs)
+        most = STACKED_ON_CPU if device.type == "cpu" else len(group)
         try:
-            stacks.append(Stack(spec, settings, group, device, initial or {}))
+            for first in range(0, len(group), most):
+                part = group[first : first + most]
+                stacks.append(Stack(own, settings, part, task, device, initial or {}))
         except LookupError as error:
             raise MissingTaps(str(error)) from None
         except ValueError as error:
@@ -157,13 +211,22 @@ def method_settings(member: Member) -> Settings:
         raise SettingError(f"{member.method}: {error}") from error
 
 
-@torch.no_grad()
-def score(networks: Sequence[SideNetwork], batches: Batches) -> list[list[Scores]]:
-    """Scores of every member of every network over all rows, in evaluation mode."""
-    tallies = [Tally(network.members, batches.device) for network in networks]
-    for network in networks:
+def score(
+    networks: Sequence[tuple[int, SideNetwork, Task]], batches: Batches, workers: Workers
+) -> list[list[Scores]]:
+    """Scores of every member of every network over all rows, in evaluation mode.
+
+    A network stands beside the place of its operands in a batch.
+    """
+    tallies = [task.tally(network.members, batches.device) for _, network, task in networks]
+    for _, network, _ in networks:
         network.eval()
     for batch in batches.epoch(EVAL_BATCH):
-        for network, operands, tally in zip(networks, batch.operands, tallies, strict=True):
-            tally.add(network(operands).float(), batch.labels)
+
+        def add(i: int, batch: Batch = batch) -> None:
+            place, network, task = networks[i]
+            with torch.no_grad():  # a setting of the thread
+                tallies[i].add(network(batch.operands[place]).float(), batch.labels[task.name])
+
+        workers.each(add, range(len(networks)))
     return [tally.scores() for tally in tallies]

@@ -1,54 +1,212 @@
-"""What is measured of a classifier: loss, top-1, top-5; fractions, not percent."""
+"""What members learn to predict and how well they do: a loss and scores for each kind of target.
+
+| kind | output | labels (B, …), none | loss | scores, the first one ranks |
+|---|---|---|---|---|
+| class | a logit a class | index (B,), -1 | cross-entropy | top1, top5 |
+| multilabel | a logit a class | 0 or 1 (B, C), -1 | binary cross-entropy, mean over classes | map |
+| regression | one number | number (B,), NaN | squared error of the standardised value | r2, mae |
+
+Rows without a label count nowhere. Scores are fractions, not percent; `mae` has the target's unit.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+RANKED_BY = {"class": "top1", "multilabel": "map", "regression": "r2"}
+COLUMNS = {"class": ("top1", "top5"), "multilabel": ("map",), "regression": ("r2", "mae")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A target of a cache, as members learn it.
+
+    A regression is learned standardised [ours]: (value - centre) / scale, by the training rows'
+    mean and deviation, so that one learning rate suits any unit.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[str, ...] = ()
+    centre: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def outputs(self) -> int:
+        """C: what a network for this task gives per row."""
+        return len(self.classes) if self.kind != "regression" else 1
+
+    @property
+    def metric(self) -> str:
+        """The score that ranks, higher is better."""
+        return RANKED_BY[self.kind]
+
+    def known(self, labels: Tensor) -> Tensor:
+        """Which rows have a label, (B,) bool."""
+        if self.kind == "regression":
+            return ~labels.isnan()
+        return (labels if labels.ndim == 1 else labels[:, 0]) >= 0
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each row for each member: (K, B, C) → (K, B), undefined where not known."""
+        if self.kind == "class":
+            index = labels.clamp_min(0).expand(len(outputs), -1)[..., None]  # (K, B, 1)
+            return -outputs.log_softmax(dim=-1).gather(-1, index)[..., 0]
+        truth = self._truth(outputs, labels)
+        if self.kind == "regression":
+            return (outputs - truth).square()[..., 0]
+        return functional.binary_cross_entropy_with_logits(outputs, truth, reduction="none").mean(
+            dim=-1
+        )
+
+    def _truth(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """What `outputs` should have been, (K, B, C)."""
+        if self.kind == "regression":
+            return self.standardised(labels)[:, None].to(outputs.dtype).expand_as(outputs)
+        return labels.clamp_min(0).to(outputs.dtype).expand_as(outputs)
+
+    def standardised(self, values: Tensor) -> Tensor:
+        """Values in the target's unit → as learned; NaN (none) → 0."""
+        return ((values - self.centre) / self.scale).nan_to_num()
+
+    def smooth_losses(self, outputs: Tensor) -> Tensor:
+        """Loss of each row against the uniform target, (K, B): what label smoothing mixes in."""
+        if self.kind == "class":
+            return -outputs.log_softmax(dim=-1).mean(dim=-1)
+        half = torch.full_like(outputs, 0.5)
+        return functional.binary_cross_entropy_with_logits(outputs, half, reduction="none").mean(
+            dim=-1
+        )
+
+    def loss(self, outputs: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
+        """Mean over the rows with a label, per member: (K, B, C), (B, …), (K,) → (K,)."""
+        losses = self.losses(outputs, labels)
+        if self.kind != "regression":
+            weight = smoothing[:, None]
+            losses = (1 - weight) * losses + weight * self.smooth_losses(outputs)
+        known = self.known(labels)
+        return torch.where(known, losses, 0.0).sum(dim=1) / known.sum().clamp_min(1)
+
+    def tally(self, members: int, device: torch.device) -> Tally:
+        """An empty tally for this kind of task."""
+        return (ClassTally if self.kind == "class" else ValueTally)(self, members, device)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "classes": list(self.classes)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Task:
+        return cls(**{**values, "classes": tuple(values["classes"])})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Means over `n` rows. `top5` counts a hit among the five best (all, with fewer classes)."""
+    """`values` by name, the ranking one first; mean `loss`; both over `n` rows with a label."""
 
-    top1: float
-    top5: float
+    values: dict[str, float]
     loss: float
     n: int
 
-
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor | None = None) -> Tensor:
-    """Mean loss per member: logits (K, B, C), labels (B,), smoothing (K,) → (K,)."""
-    log_probabilities = logits.log_softmax(dim=-1)
-    index = labels.expand(len(logits), -1)[..., None]  # (K, B, 1)
-    loss = -log_probabilities.gather(-1, index)[..., 0].mean(dim=1)
-    if smoothing is None:
-        return loss
-    return (1 - smoothing) * loss - smoothing * log_probabilities.mean(dim=(1, 2))
+    @property
+    def score(self) -> float:
+        """The one that ranks, higher is better."""
+        return next(iter(self.values.values()))
 
 
-class Tally:
-    """Running sums over batches, per member, kept on the device until read."""
+class Tally(ABC):
+    """What is gathered over batches, per member, on the device until read."""
 
-    def __init__(self, members: int, device: torch.device) -> None:
-        self.sums = torch.zeros(3, members, device=device, dtype=torch.float64)
-        self.n = 0
+    def __init__(self, task: Task, members: int, device: torch.device) -> None:
+        self.task = task
+        self.sums = torch.zeros(3, members, device=device, dtype=torch.float64)  # the loss's first
+        self.n = torch.zeros((), device=device, dtype=torch.int64)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: logits (K, B, C), labels (B,)."""
-        size = len(labels)
-        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # (K, B, ≤5)
-        hits = best == labels[None, :, None]
-        self.sums[0] += hits[..., 0].sum(dim=1)
-        self.sums[1] += hits.any(dim=-1).sum(dim=1)
-        self.sums[2] += cross_entropy(logits, labels).double() * size
-        self.n += size
+    def add(self, outputs: Tensor, labels: Tensor) -> None:
+        """Count one batch: outputs (K, B, C), labels (B, …)."""
+        known = self.task.known(labels)
+        outputs, labels = outputs[:, known], labels[known]
+        self.n += len(labels)
+        self.sums[0] += self.task.losses(outputs, labels).double().sum(dim=1)
+        self._add(outputs, labels)
+
+    @abstractmethod
+    def _add(self, outputs: Tensor, labels: Tensor) -> None:
+        """Count what the kind of task needs beside the loss."""
+
+    @abstractmethod
+    def _values(self) -> list[dict[str, float]]:
+        """The scores of each member."""
 
     def scores(self) -> list[Scores]:
         """One `Scores` a member."""
-        top1, top5, loss = (self.sums / max(self.n, 1)).tolist()
-        return [
-            Scores(top1=a, top5=b, loss=c, n=self.n)
-            for a, b, c in zip(top1, top5, loss, strict=True)
-        ]
+        n = int(self.n)
+        losses = (self.sums[0] / max(n, 1)).tolist()
+        pairs = zip(self._values(), losses, strict=True)
+        return [Scores(values=values, loss=loss, n=n) for values, loss in pairs]
+
+
+class ClassTally(Tally):
+    """Top-1; top-5 counts a hit among the five best (all, with fewer classes)."""
+
+    def _add(self, outputs: Tensor, labels: Tensor) -> None:
+        best = outputs.topk(min(5, outputs.shape[-1]), dim=-1).indices  # (K, B, ≤5)
+        hits = best == labels[None, :, None]
+        self.sums[1] += hits[..., 0].sum(dim=1)
+        self.sums[2] += hits.any(dim=-1).sum(dim=1)
+
+    def _values(self) -> list[dict[str, float]]:
+        top1, top5 = (self.sums[1:] / max(int(self.n), 1)).tolist()
+        return [{"top1": a, "top5": b} for a, b in zip(top1, top5, strict=True)]
+
+
+class ValueTally(Tally):
+    """Scores that need all outputs at once: kept in memory, 4 bytes a number."""
+
+    def __init__(self, task: Task, members: int, device: torch.device) -> None:
+        super().__init__(task, members, device)
+        self.outputs: list[Tensor] = []  # (K, B, C)
+        self.labels: list[Tensor] = []
+
+    def _add(self, outputs: Tensor, labels: Tensor) -> None:
+        self.outputs.append(outputs.cpu())
+        self.labels.append(labels.cpu())
+
+    def _values(self) -> list[dict[str, float]]:
+        outputs, labels = torch.cat(self.outputs, dim=1).numpy(), torch.cat(self.labels).numpy()
+        if self.task.kind == "multilabel":
+            return [{"map": mean_average_precision(each, labels)} for each in outputs]
+        spread = float(((labels - labels.mean()) ** 2).mean())
+        values = []
+        for predicted in outputs[..., 0].astype(np.float64) * self.task.scale + self.task.centre:
+            error = predicted - labels
+            r2 = 1 - float((error**2).mean()) / spread if spread else 0.0
+            values.append({"r2": r2, "mae": float(np.abs(error).mean())})
+        return values
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Area under precision over recall by steps, (N,) and (N,) 0/1; NaN without a positive.
+
+    Rows of equal score enter together, as in scikit-learn.
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(truth[order] == 1)
+    if not len(hits) or hits[-1] == 0:
+        return float("nan")
+    last = np.append(np.diff(scores[order]) != 0, True)  # of a run of equal scores
+    hits, seen = hits[last], np.flatnonzero(last) + 1
+    return float((np.diff(hits, prepend=0) / hits[-1] * (hits / seen)).sum())
+
+
+def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Mean over the classes that occur: scores (N, C), truth (N, C) → a fraction; 0 if none do."""
+    each = [average_precision(scores[:, c], truth[:, c]) for c in range(truth.shape[1])]
+    found = [value for value in each if not np.isnan(value)]
+    return float(np.mean(found)) if found else 0.0

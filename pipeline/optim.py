@@ -70,6 +70,15 @@ class MemberAdamW:
         """Set all gradients to zero, in place."""
         self.gradient.zero_()
 
+    def take(self, other: MemberAdamW, places: Sequence[int]) -> None:
+        """Go on with the members at `places` of `other`: their parameters, moments and steps."""
+        self.steps = other.steps
+        for name in ("flat", "mean", "square"):
+            blocks = zip(self._blocks(getattr(self, name)), other._blocks(getattr(other, name)),
+                         strict=True)  # fmt: skip
+            for mine, theirs in blocks:
+                mine.copy_(theirs[list(places)])
+
     def state(self) -> dict[str, Any]:
         """Parameters and moments, for a checkpoint."""
         return {k: getattr(self, k) for k in ("flat", "mean", "square", "steps")}

@@ -6,19 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from pipeline.checkpoint import Run
 from pipeline.device import pick_device
 from pipeline.images import FileSource, Row, photos
 from pipeline.live import go_live
+from pipeline.metrics import Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The most probable classes of one photograph, best first; or why it could not be read."""
+    """The most probable classes of one photograph, best first; or why it could not be read.
+
+    A multilabel task's probabilities are each class's own; a regression has a `value` alone.
+    """
 
     path: str
     classes: list[str] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
+    value: float | None = None
     error: str | None = None
 
 
@@ -28,6 +35,7 @@ def predict(
     *,
     top_k: int = 5,
     member: str | None = None,
+    task: str | None = None,
     weights: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -37,11 +45,12 @@ def predict(
 ) -> list[Prediction]:
     """One `Prediction` a photograph, in order; folders are searched for images.
 
-    An unreadable photograph gets an `error` and does not stop the others. Raises RunError,
+    Predicts with `member`, or the best on validation (of `task`, which a run of several tasks
+    needs). An unreadable photograph gets an `error` and does not stop the others. Raises RunError,
     SourceError (nothing to predict) and BackboneError.
     """
-    chosen = pick_device(device)
-    trained = Run(run).load_member(member, chosen)
+    chosen, directory = pick_device(device), Run(run)
+    trained = directory.load_member(member or directory.best_member(task), chosen)
     files = list(dict.fromkeys(str(path) for path in photos(paths)))
     source = FileSource(
         rows=[Row(key=path, split="photos") for path in files],
@@ -50,16 +59,20 @@ def predict(
     )
     live = go_live(trained, weights=weights, device=chosen, amp=amp)
     out: list[Prediction] = []
-    for start, logits, failures in live.batches(source, batch_size=batch_size, workers=workers):
-        best = logits.softmax(dim=-1).topk(min(top_k, logits.shape[-1]), dim=-1)
-        values, indices = best.values.tolist(), best.indices.tolist()
-        for row in range(start, start + len(logits)):
+    for start, outputs, failures in live.batches(source, batch_size=batch_size, workers=workers):
+        for row, output in enumerate(outputs, start):
             if row in failures:
                 out.append(Prediction(path=files[row], error=failures[row]))
-                continue
-            names = [trained.classes[i] for i in indices[row - start]]
-            out.append(
-                Prediction(path=files[row], classes=names, probabilities=values[row - start])
-            )
+            else:
+                out.append(_prediction(files[row], output, trained.task, top_k))
         report(len(out), len(files))
     return out
+
+
+def _prediction(path: str, output: Tensor, task: Task, top_k: int) -> Prediction:
+    if task.kind == "regression":
+        return Prediction(path=path, value=float(output[0]) * task.scale + task.centre)
+    each = output.softmax(dim=-1) if task.kind == "class" else output.sigmoid()
+    best = each.topk(min(top_k, len(each)))
+    names = [task.classes[i] for i in best.indices.tolist()]
+    return Prediction(path=path, classes=names, probabilities=best.values.tolist())

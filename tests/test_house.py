@@ -22,11 +22,21 @@ LEVELS = [
     {
         "pipeline.extract",
         "pipeline.copy",
-        "pipeline.train",
         "pipeline.evaluate",
         "pipeline.predict",
+        "pipeline.refit",
+        "pipeline.report",
+        "pipeline.sweep",
     },
-    {"pipeline.live", "pipeline.sources", "pipeline.layout"},
+    {"pipeline.train", "pipeline.proposals"},
+    {
+        "pipeline.live",
+        "pipeline.sources",
+        "pipeline.layout",
+        "pipeline.space",
+        "pipeline.mistakes",
+        "pipeline.leaderboard",
+    },
     {"pipeline.members", "pipeline.checkpoint", "pipeline.loader"},
     {"pipeline.batches", "pipeline.backbone", "pipeline.timm_datasets", "pipeline.optim"},
     {"pipeline.taps", "pipeline.prune", "pipeline.blocks"},
@@ -37,6 +47,8 @@ LEVELS = [
         "pipeline.device",
         "pipeline.shapes",
         "pipeline.process",
+        "pipeline.tensorboard",
+        "pipeline.workers",
     },
     {"pipeline.errors"},
     {"cache"},
@@ -57,9 +69,21 @@ ONLY_IN = {  # package → the files that may import it
     "click": {"cli"},
     "rich": {"cli"},
     "psutil": {"pipeline.batches"},
-    "yaml": {"pipeline.config", "pipeline.checkpoint"},
+    "jinja2": {"pipeline.report"},
+    "yaml": {"pipeline.config", "pipeline.checkpoint", "pipeline.space", "pipeline.sweep"},
+    "optuna": {"pipeline.proposals"},
 }
-READERS_OF_CACHE = {"cli"} | LEVELS[2] | {"pipeline.batches", "pipeline.layout"}
+READERS_OF_CACHE = (
+    {"cli"}
+    | LEVELS[2]
+    | {
+        "pipeline.train",
+        "pipeline.batches",
+        "pipeline.layout",
+        "pipeline.mistakes",
+        "pipeline.leaderboard",
+    }
+)
 
 
 def name_of(path: Path) -> str:

@@ -109,10 +109,10 @@ def test_training_from_sums_equals_training_from_taps(zarr_cache: Path, tmp_path
         train(train_config(path, tmp_path / name, MIET)).members[0]
         for name, path in (("full", zarr_cache), ("sums", sums))
     ]
-    assert results[0].val_loss == pytest.approx(results[1].val_loss, rel=1e-4)
+    assert results[0].scores["val_loss"] == pytest.approx(results[1].scores["val_loss"], rel=1e-4)
     for run, other in (("full", sums), ("sums", zarr_cache)):  # and each may read the other
-        scores = evaluate(tmp_path / run, cache=other, split=("val",), device="cpu", amp=False)
-        assert scores.loss == pytest.approx(results[0].val_loss, rel=1e-4)
+        (scores,) = evaluate(tmp_path / run, cache=other, split=("val",), device="cpu", amp=False)
+        assert scores.loss == pytest.approx(results[0].scores["val_loss"], rel=1e-4)
     with pytest.raises(
         MissingTaps, match=r"last needs .* \(there are z0\.\.z6\).*miet alone reads"
     ):
@@ -125,7 +125,7 @@ def test_fewer_taps_train_the_same_where_they_suffice(zarr_cache: Path, tmp_path
     member = Member(method="last", epochs=3, warmup_epochs=1, settings={"rank": 4, "gap": 2})
     copy(smaller(zarr_cache, tmp_path / "few.zarr", taps="every:2"))
     losses = [
-        train(train_config(path, tmp_path / name, member, taps=taps)).members[0].val_loss
+        train(train_config(path, tmp_path / name, member, taps=taps)).members[0].scores["val_loss"]
         for name, path, taps in (
             ("full", zarr_cache, "all"),
             ("part", zarr_cache, "0,2,4,6"),
@@ -152,8 +152,8 @@ def test_a_member_trained_on_a_small_cache_goes_live(
     member = Member(method=method, epochs=4, warmup_epochs=1, settings=settings)
     train(train_config(tmp_path / "c.zarr", tmp_path / "run", member))
     arguments: dict[str, Any] = {"split": ("test",), "device": "cpu", "amp": False}
-    cached = evaluate(tmp_path / "run", **arguments)
-    live = evaluate(tmp_path / "run", images=str(images), workers=0, **arguments)
+    (cached,) = evaluate(tmp_path / "run", **arguments)
+    (live,) = evaluate(tmp_path / "run", images=str(images), workers=0, **arguments)
     assert live.loss == pytest.approx(cached.loss, rel=1e-3)
 
 

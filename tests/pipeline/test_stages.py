@@ -106,7 +106,7 @@ def test_methods_without_a_sum_train_on_stages(
     for resident in ("ram", "disk"):
         result = train(train_config(staged_cache, tmp_path / resident, member, resident=resident))
         assert result.members[0].stopped is None
-    first, second = (evaluate(tmp_path / r, device="cpu", amp=False) for r in ("ram", "disk"))
+    first, second = (evaluate(tmp_path / r, device="cpu", amp=False)[0] for r in ("ram", "disk"))
     assert first.loss == second.loss
 
 
@@ -129,6 +129,6 @@ def test_an_early_stage_alone(images: Path, tmp_path: Path) -> None:
     member = Member(method="linear", epochs=3, warmup_epochs=1, settings={"pool": "mean"})
     train(train_config(tmp_path / "c.zarr", tmp_path / "run", member))
     arguments: dict[str, Any] = {"device": "cpu", "amp": False}
-    cached = evaluate(tmp_path / "run", **arguments)
-    live = evaluate(tmp_path / "run", images=str(images), workers=0, **arguments)
+    (cached,) = evaluate(tmp_path / "run", **arguments)
+    (live,) = evaluate(tmp_path / "run", images=str(images), workers=0, **arguments)
     assert live.loss == pytest.approx(cached.loss, rel=1e-4)

@@ -1,0 +1,112 @@
+"""Refit the winner: train the best setting once more, on train and val together, with some seeds.
+
+The VTAB protocol (Zhai et al., arXiv 1910.04867, 2019): settings are chosen on 800 / 200 images,
+the chosen one learns from all 1,000, and the test split is read once. Nothing is left to validate
+on, so a refit has no best member; `evaluate` scores them all and gives mean and deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
+from typing import Any
+
+from pipeline.checkpoint import Run, position_of, score_of
+from pipeline.config import Member, TrainConfig
+from pipeline.errors import RunError, SettingError
+from pipeline.train import Report, TrainResult, train
+
+REFIT = "refit"  # the run directory inside the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Winner:
+    """The setting of one task that validation likes best: its score with each of `seeds`."""
+
+    task: str
+    member: Member
+    seeds: tuple[int, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def score(self) -> float:
+        """Mean over the seeds."""
+        return mean(self.scores)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the seeds; 0 of one."""
+        return stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+
+def winners(run: Run) -> list[Winner]:
+    """The best setting of each task. Seeds are not settings: their scores are averaged [ours].
+
+    Members that were stopped early do not count. Raises RunError if the run is not finished or
+    nothing was validated.
+    """
+    found: dict[str, Winner] = {}
+    for group in _settings(run.config().members, run.summary()):
+        scores = [score_of(row) for row, _ in group]
+        if any(row["stopped"] for row, _ in group) or None in scores:
+            continue
+        winner = Winner(
+            task=group[0][1].task,
+            member=group[0][1],
+            seeds=tuple(member.seed for _, member in group),
+            scores=tuple(score for score in scores if score is not None),
+        )
+        if winner.task not in found or winner.score > found[winner.task].score:
+            found[winner.task] = winner
+    if not found:
+        raise RunError(
+            f"{run.path}: expected members with a validation score to choose from, found none; "
+            "train with --val-split"
+        )
+    return list(found.values())
+
+
+def _settings(
+    members: Sequence[Member], rows: Sequence[Mapping[str, str]]
+) -> list[list[tuple[Mapping[str, str], Member]]]:
+    """Members that differ in nothing but the seed, together."""
+    groups: dict[Any, list[tuple[Mapping[str, str], Member]]] = {}
+    for row in rows:
+        member = members[position_of(row["id"])]
+        alike = replace(member, seed=0)
+        groups.setdefault(repr(alike), []).append((row, member))
+    return list(groups.values())
+
+
+def refit_config(run: Run, seeds: Sequence[int], winning: Sequence[Winner]) -> TrainConfig:
+    """The pass that trains the winners with `seeds` on train and val, into RUN/refit.
+
+    Raises SettingError without a seed, or with one twice.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise SettingError(f"refit = {list(seeds)}: expected one seed or more, no two alike")
+    config = run.config()
+    members = [replace(winner.member, seed=seed) for winner in winning for seed in seeds]
+    return replace(
+        config,
+        out=str(run.path / REFIT),
+        members=tuple(members),
+        train_split=(*config.train_split, *config.val_split),
+        val_split=(),
+    )
+
+
+def refit(
+    run: Run,
+    seeds: Sequence[int],
+    winning: Sequence[Winner],
+    report: Report = lambda _: None,
+    *,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Train `winning` with `seeds`; as `train` it goes on after a kill, and is done once.
+
+    Raises as `refit_config` and `train` do.
+    """
+    return train(replace(refit_config(run, seeds, winning), overwrite=overwrite), report)

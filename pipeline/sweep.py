@@ -1,0 +1,423 @@
+"""Search a space of settings: Optuna proposes members, `train` trains K of them in one pass.
+
+    RUN/sweep.yaml    the space and what else decides which members are proposed
+    RUN/study.db      Optuna's own file (SQLite): proposals, scores, and the round in flight
+    RUN/round/        the round in flight, a run directory of its own; `train` resumes it
+    RUN/…             all rounds so far as one run directory, as `train` leaves it
+
+A round is proposed, trained, merged into RUN, told to Optuna, and removed, in this order. Each
+step may be done twice without harm, so that a sweep that was killed goes on where it was: what the
+study holds as running is what is still to be trained or told. Proposals depend on the seed, the
+trial's number and the results before it, never on how often the sweep was interrupted.
+
+Validation ranks; nothing here can read another split.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from cache import Reader
+from pipeline.batches import feature_spec, initial_weights, labelled_rows
+from pipeline.checkpoint import (
+    CHECKPOINT,
+    CONFIG,
+    COST,
+    ENVIRONMENT,
+    MEMBERS,
+    SUMMARY,
+    Run,
+    member_id,
+    position_of,
+    score_of,
+)
+from pipeline.config import Member, TrainConfig
+from pipeline.device import pick_device
+from pipeline.errors import MissingTaps, RunError, SettingError
+from pipeline.members import make_stacks
+from pipeline.metrics import Task
+from pipeline.proposals import SAMPLERS, Proposals, TrialDone, open_proposals
+from pipeline.space import Space, read_space
+from pipeline.tensorboard import FOLDER as EVENTS
+from pipeline.train import MemberStopped, train
+
+SWEEP, STUDY, ROUND = "sweep.yaml", "study.db", "round"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What to search, how, and the pass that all rounds share (as in TrainConfig).
+
+    `space` is a YAML file (see `pipeline.space`). `trials` counts proposals, those that cannot be
+    trained too; None is the whole grid. `at_once` members train in one pass. `sampler_seed`
+    decides the proposals. With `halving`, members that lag behind at a rung are stopped there.
+    """
+
+    cache: str
+    space: str
+    out: str
+    trials: int | None = None
+    sampler: str = "tpe"
+    sampler_seed: int = 0
+    at_once: int = 16
+    halving: bool = False
+    taps: str = "all"
+    train_split: tuple[str, ...] = ("train",)
+    val_split: tuple[str, ...] = ("val",)
+    batch_size: int = 32
+    order_seed: int = 0
+    resident: str = "auto"
+    device: str = "auto"
+    amp: bool | None = None
+    overwrite: bool = False
+
+    FREE = ("cache", "space", "out", "trials", "at_once", "resident", "device", "overwrite")
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, name: str, expected: str) -> None:
+            if not condition:
+                raise SettingError(f"{name} = {getattr(self, name)!r}: expected {expected}")
+
+        require(self.sampler in SAMPLERS, "sampler", ", ".join(SAMPLERS))
+        require(
+            self.trials is not None or self.sampler == "grid",
+            "trials",
+            "a number with any sampler but grid, which ends by itself",
+        )
+        require(self.trials is None or self.trials >= 1, "trials", "1 or more")
+        require(self.sampler_seed >= 0, "sampler_seed", "0 or more")
+        require(self.at_once >= 1, "at_once", "1 or more")
+        require(len(self.val_split) >= 1, "val_split", "a split: a sweep ranks by validation")
+
+    def pass_of(self, members: Sequence[Member], out: str | Path) -> TrainConfig:
+        """The training pass of these members."""
+        shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(self)}
+        values = {name: getattr(self, name) for name in shared - {"out", "overwrite"}}
+        return TrainConfig(out=str(out), members=tuple(members), **values)
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the proposals and their results, beside the space and the cache."""
+        values = {k: v for k, v in vars(self).items() if k not in self.FREE}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundStarted:
+    """Reported before a round is trained (or goes on). `trials_done` of `trials` are told."""
+
+    round: int
+    rounds: int
+    members: int
+    trials_done: int
+    trials: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What `sweep` did: `trained` proposals in this call; counts and `trials` of the whole sweep.
+
+    `best` is the member's id that `evaluate` takes by itself, `settings` all of its settings,
+    `score` its validation score, called `metric`; None if no trial was scored. `trials` stand in
+    order of rank.
+    """
+
+    run: str
+    trained: int
+    done: int
+    pruned: int
+    failed: int
+    seconds: float
+    trials: list[TrialDone]
+    best: str | None = None
+    method: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    metric: str | None = None
+    score: float | None = None
+
+
+Report = Callable[[Any], None]  # RoundStarted, TrialDone, and the records of `train`
+
+
+def sweep(config: SweepConfig, report: Report = lambda _: None) -> SweepResult:
+    """Train members that Optuna proposes from a space, and leave them all in one run directory.
+
+    The same call continues a killed sweep, goes on with a larger `trials`, and does nothing if
+    all is done. Raises SettingError for the space, for a sweep that proposed nothing but members
+    that cannot be, and as `train` does; RunError if `out` holds another sweep.
+    """
+    begin = time.perf_counter()
+    space = read_space(config.space)
+    tasks = space.axes.get("task")
+    if isinstance(tasks, tuple) and len(tasks) > 1:
+        raise SettingError(
+            f"{config.space}: task: expected one, as scores of two tasks cannot be ranked; "
+            f"came {', '.join(tasks)}; make a sweep of each"
+        )
+    if config.sampler == "grid":
+        space.grid()  # raises if it has no end
+    config.pass_of([Member(method=space.methods[0])], config.out)  # raises SettingError
+    pick_device(config.device)
+    with Reader(config.cache) as reader:
+        probe = _Probe(reader, tasks[0] if isinstance(tasks, tuple) else "", config.taps)
+        for splits in (config.train_split, config.val_split):
+            labelled_rows(reader, splits, [probe.task.name])  # raises before anything is made
+        _begin(config, space, reader.fingerprint)
+    file, seed = Path(config.out) / STUDY, config.sampler_seed
+    with open_proposals(file, space, sampler=config.sampler, seed=seed) as proposals:
+        searching = _Sweep(config, proposals, probe, report)
+        searching.run()
+        return searching.result(begin)
+
+
+class _Probe:
+    """Says before a round is trained what would stop all of it: a member that cannot be made."""
+
+    def __init__(self, reader: Reader, task: str, taps: str) -> None:
+        target = reader.target(task or None)
+        self.task = Task(name=target.name, kind=target.kind, classes=target.classes)
+        self.tasks = {task: self.task}  # by the name that members have, which may be ""
+        self.spec = feature_spec(reader, self.task.outputs, taps)
+        self.initial = initial_weights(reader)
+
+    def check(self, member: Member) -> None:
+        """Raises SettingError or MissingTaps."""
+        make_stacks([member], self.spec, self.tasks, torch.device("cpu"), self.initial)
+
+
+class _Sweep:
+    """The rounds of one sweep."""
+
+    def __init__(
+        self, config: SweepConfig, proposals: Proposals, probe: _Probe, report: Report
+    ) -> None:
+        self.config, self.proposals, self.probe, self.report = config, proposals, probe, report
+        whole = () if proposals.grid is None else (len(proposals.grid),)
+        self.limit = min(n for n in (config.trials, *whole) if n is not None)
+        self.trained = 0
+        self.target, self.round = Run(config.out), Run(Path(config.out) / ROUND)
+
+    def run(self) -> None:
+        while self._begin_round():
+            self._run_round()
+        told = self.proposals.told
+        if all(record.member is None for record in told):
+            reasons = list(dict.fromkeys(str(record.reason) for record in told))
+            raise SettingError(
+                f"{self.config.space}: none of {len(told)} proposals can be trained:\n  "
+                + "\n  ".join(reasons[:5])
+                + "\nChange the space and choose another --out, or --overwrite."
+            )
+
+    def _begin_round(self) -> bool:
+        """Have a round in flight: the one found, or a new one. False if nothing is left to do."""
+        journal = {"number": 0, "trials": [], **self.proposals.journal}
+        saved = any((self.round.path / name).exists() for name in (CHECKPOINT, SUMMARY))
+        if journal["trials"] and saved:
+            return True
+        if self.round.path.exists():  # merged and told, or nothing of it was saved yet
+            shutil.rmtree(self.round.path)
+        batch = self._propose()
+        if batch:
+            self.proposals.journal = {
+                "number": journal["number"] + (not journal["trials"]),
+                "trials": batch,
+                "first": len(self.target.config().members) if self.target.finished else 0,
+                "cost": _read_cost(self.target),
+            }
+        return bool(batch)
+
+    def _propose(self) -> list[int]:
+        """Up to `at_once` trials that can be trained; the others are told as failed."""
+        left_over = self.proposals.running
+        batch: list[int] = []
+        while len(batch) < self.config.at_once:
+            if not left_over and self.proposals.asked >= self.limit:
+                break
+            number = left_over.pop(0) if left_over else self.proposals.ask()
+            try:
+                self.probe.check(self.proposals.member(number))
+                batch.append(number)
+            except (SettingError, MissingTaps) as error:
+                self._tell(number, "failed", reason=str(error))
+        return batch
+
+    def _run_round(self) -> None:
+        journal = self.proposals.journal
+        numbers, first = journal["trials"], journal["first"]
+        members = [self.proposals.member(number) for number in numbers]
+        done = self.proposals.asked - len(self.proposals.running)
+        left = max(0, self.limit - done - len(numbers))
+        self.report(
+            RoundStarted(
+                round=journal["number"],
+                rounds=journal["number"] + -(-left // self.config.at_once),
+                members=len(numbers),
+                trials_done=done,
+                trials=max(self.limit, done + len(numbers)),
+            )
+        )
+
+        def pass_on(record: Any) -> None:
+            if isinstance(record, MemberStopped):
+                record = replace(record, id=_later(record.id, first))
+            self.report(record)
+
+        def judge(epoch: int, scores: Mapping[str, float | None]) -> Collection[str]:
+            ids = {numbers[position_of(id)]: id for id in scores}
+            known = {n: s for n, id in ids.items() if (s := _finite(scores[id])) is not None}
+            return {ids[number] for number in self.proposals.judge(epoch, known)}
+
+        config = self.config.pass_of(members, self.round.path)
+        train(config, pass_on, judge=judge if self.config.halving else None)
+        merge(self.round, self.target, first=first, cost=journal["cost"])
+        for number, row in zip(numbers, self.round.summary(), strict=True):
+            self._tell_result(number, row, _later(row["id"], first))
+        self.proposals.journal = {"number": journal["number"], "trials": []}
+        shutil.rmtree(self.round.path)
+
+    def _tell_result(self, number: int, row: Mapping[str, str], member: str) -> None:
+        """Tell what summary.csv says of a trial."""
+        score, loss = _finite(score_of(row)), _finite(float(row["val_loss"] or "nan"))
+        reason = row["stopped"] or (None if score is not None else "it has no validation score")
+        pruned = row["stopped"].startswith("pruned")
+        state = "pruned" if pruned else "failed" if reason else "done"
+        self._tell(number, state, score=score, loss=loss, member=member, reason=reason)
+
+    def _tell(self, number: int, state: str, **outcome: Any) -> None:
+        record = self.proposals.tell(number, state, **outcome)
+        if record is not None:
+            self.trained += 1
+            self.report(record)
+
+    def result(self, begin: float) -> SweepResult:
+        trials = sorted(self.proposals.told, key=lambda record: record.rank)
+        states = [record.state for record in trials]
+        best: dict[str, Any] = {}
+        if trials[0].score is not None:
+            id = self.target.best_member()
+            row = next(row for row in self.target.summary() if row["id"] == id)
+            member = self.target.config().members[position_of(id)]
+            learning = {k: v for k, v in vars(member).items() if k not in ("method", "settings")}
+            best = {
+                "best": id,
+                "method": member.method,
+                "settings": {**member.settings, **learning},
+                "metric": f"val_{self.probe.task.metric}",
+                "score": score_of(row),
+            }
+        return SweepResult(
+            run=str(self.target.path),
+            trained=self.trained,
+            done=states.count("done"),
+            pruned=states.count("pruned"),
+            failed=states.count("failed"),
+            **best,
+            seconds=time.perf_counter() - begin,
+            trials=trials,
+        )
+
+
+def merge(part: Run, whole: Run, *, first: int, cost: Mapping[str, Any] | None) -> None:
+    """Put the finished run `part` into `whole` as its members `first`, `first` + 1, …
+
+    Done again after a kill, it leaves the same: what `whole` holds of members from `first` on is
+    replaced, and `cost` is its cost.json from before. `whole` need not be there yet.
+    """
+    config, rows = part.config(), part.summary()
+    ids = {row["id"]: _later(row["id"], first) for row in rows}
+    before = (
+        [row for row in whole.summary() if position_of(row["id"]) < first] if whole.finished else []
+    )
+    earlier = whole.config().members[:first] if first else ()
+    for folder in (MEMBERS, EVENTS):
+        for old, new in ids.items():
+            if (part.path / folder / old).exists():
+                target = whole.path / folder / new
+                shutil.copytree(part.path / folder / old, target, dirs_exist_ok=True)
+    lines = [line for line in whole.metrics() if position_of(line["member"]) < first]
+    whole.write_metrics([*lines, *({**m, "member": ids[m["member"]]} for m in part.metrics())])
+    _write(whole.path / ENVIRONMENT, (part.path / ENVIRONMENT).read_text(encoding="utf-8"))
+    together = replace(config, out=str(whole.path), members=(*earlier, *config.members))
+    _write(whole.path / CONFIG, yaml.safe_dump(together.to_dict(), sort_keys=False))
+    spent = _read_cost(part) or {}
+    lines_of_all = [*before, *({**row, "id": ids[row["id"]]} for row in rows)]
+    whole.finish(lines_of_all, add_costs(cost, spent) if cost else spent)
+
+
+def add_costs(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """cost.json of two passes over one cache: sums, and the rates that follow from them."""
+    total = dict(other)
+    for name in ("seconds", "bytes_read", "members"):
+        total[name] = one[name] + other[name]
+    images = sum(cost["seconds"] * cost["images_per_second"] for cost in (one, other))
+    total["images_per_second"] = images / max(total["seconds"], 1e-9)
+    total["seconds_per_member"] = total["seconds"] / total["members"]
+    return total
+
+
+def _begin(config: SweepConfig, space: Space, fingerprint: str) -> None:
+    """Make the directory, or find the same sweep in it. Raises RunError."""
+    path = Path(config.out)
+    file = path / SWEEP
+    if config.overwrite and (file.exists() or (path / CONFIG).exists()):
+        shutil.rmtree(path)
+    asked = {"fingerprint": fingerprint, "space": space.to_dict(), **config.deciding()}
+    if file.exists():
+        _refuse_another(path, yaml.safe_load(file.read_text(encoding="utf-8")), asked)
+    elif path.exists() and any(path.iterdir()):
+        raise RunError(
+            f"{path}: expected a new or empty folder for the sweep, or one that `sweep` made; it "
+            f"holds other files. Choose another --out."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    free = {"cache": config.cache, "trials": config.trials, "at_once": config.at_once}
+    _write(file, yaml.safe_dump({**free, **asked}, sort_keys=False))
+
+
+def _refuse_another(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    flat = [
+        {**values, **{f"space.{name}": value for name, value in values["space"].items()}}
+        for values in (there, asked)
+    ]
+    names = [name for name in dict.fromkeys([*flat[0], *flat[1]]) if name != "space"]
+    differing = [
+        f"{name}: {flat[0].get(name)!r} there, {flat[1].get(name)!r} asked for"
+        for name in names
+        if name in asked or name.startswith("space.")
+        if flat[0].get(name) != flat[1].get(name)
+    ]
+    if differing:
+        raise RunError(
+            f"{path} holds another sweep:\n  "
+            + "\n  ".join(differing)
+            + "\nChoose another --out, or --overwrite."
+        )
+
+
+def _read_cost(run: Run) -> dict[str, Any] | None:
+    path = run.path / COST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _later(member: str, places: int) -> str:
+    return member_id(position_of(member) + places)
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
