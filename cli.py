@@ -579,7 +579,7 @@ def train(
         overwrite=overwrite,
     )
     with Progress() as progress:
-        result = stage.train(config, lambda record: _show_pass(progress, record))
+        result = stage.train(config, lambda record: _show_pass(progress, record, "training"))
         refitted = _refit(progress, config.out, refit, overwrite) if refit else None
     if as_json:
         values = dataclasses.asdict(result)
@@ -609,8 +609,13 @@ def _refit(progress: Progress, out: str, seeds: list[int], overwrite: bool) -> d
     run = Run(out)
     winning = winners(run)
     result = refit_winners(
-        run, seeds, winning, lambda record: _show_pass(progress, record), overwrite=overwrite
+        run,
+        seeds,
+        winning,
+        lambda record: _show_pass(progress, record, "refitting"),
+        overwrite=overwrite,
     )
+    open_settings = _varying([_settings_of(member) for member in run.config().members])
     return {
         "run": result.run,
         "seeds": list(seeds),
@@ -619,7 +624,8 @@ def _refit(progress: Progress, out: str, seeds: list[int], overwrite: bool) -> d
             {
                 "task": winner.task,
                 "method": winner.member.method,
-                "settings": {**winner.member.settings, **_learning(winner.member)},
+                "settings": _settings_of(winner.member),
+                "chosen": [n for n in open_settings if n in _settings_of(winner.member)],
                 "val": winner.score,
                 "val_deviation": winner.deviation,
                 "val_seeds": list(winner.seeds),
@@ -629,24 +635,27 @@ def _refit(progress: Progress, out: str, seeds: list[int], overwrite: bool) -> d
     }
 
 
-def _learning(member: Any) -> dict[str, Any]:
-    return {k: v for k, v in vars(member).items() if k not in ("method", "settings", "seed")}
+def _settings_of(member: Any) -> dict[str, Any]:
+    """All but the seed, which a refit sets anew."""
+    learning = {k: v for k, v in vars(member).items() if k not in ("method", "settings", "seed")}
+    return {**member.settings, **learning}
 
 
 def _print_refit(refitted: dict[str, Any]) -> None:
     for winner in refitted["winners"]:
-        shown = ", ".join(f"{k} {v}" for k, v in winner["settings"].items() if k != "task")
+        chosen = [name for name in winner["chosen"] if name != "task"]
+        shown = "".join(f", {name} {_short(winner['settings'][name])}" for name in chosen)
         seeds = winner["val_seeds"]
         spread = f" ± {winner['val_deviation']:.4f}" if len(seeds) > 1 else ""
         click.echo(
-            f"refit {winner['task']}: {winner['method']} ({shown}), "
+            f"refit {winner['task']}: {winner['method']}{shown}, "
             f"val {winner['val']:.4f}{spread} "
             f"over {_counted(len(seeds), 'seed')}; trained on train + val with "
             f"{_counted(len(refitted['seeds']), 'seed')}: {refitted['run']}"
         )
 
 
-def _show_pass(progress: Progress, record: Any) -> None:
+def _show_pass(progress: Progress, record: Any, what: str) -> None:
     """One of the records that `train` reports."""
     from pipeline import train as stage
 
@@ -658,7 +667,7 @@ def _show_pass(progress: Progress, record: Any) -> None:
         case stage.EpochDone(epoch=epoch, epochs=epochs, metric=metric, score=score):
             scored = "" if score is None else f", val {metric} {score:.1%}"
             detail = f"loss {record.train_loss:.3f}{scored}"
-            progress.update("training", epoch, epochs, detail)
+            progress.update(what, epoch, epochs, detail)
         case stage.MemberStopped(id=member, epoch=epoch, reason=reason):
             if not reason.startswith("pruned"):
                 progress.note(
@@ -693,10 +702,10 @@ def _print_table(members: list[Any]) -> None:
     if len(members) == 1:
         shown = [n for n in names if n in ("rank", "gap", "depth", "pool", "lr", "epochs", "seed")]
     else:
-        shown = [n for n in names if len({str(m.settings.get(n)) for m in members}) > 1]
+        shown = _varying([member.settings for member in members])
     metric = members[0].metric
     header = ["id", "method", *shown, "parameters", _titled(metric), "val loss", ""]
-    ranked = sorted(members, key=lambda m: (m.score is None, -(m.score or 0)))
+    ranked = sorted(members, key=_rank)
     rows = [
         [
             m.id,
@@ -710,6 +719,18 @@ def _print_table(members: list[Any]) -> None:
         for m in ranked
     ]
     _echo_columns(header, rows)
+
+
+def _rank(member: Any) -> tuple[bool, bool, float, float]:
+    """Best first; unscored ones later, stopped ones last."""
+    unscored = member.score is None
+    return (bool(member.stopped), unscored, -(member.score or 0), member.scores["val_loss"] or 0)
+
+
+def _varying(settings: list[dict[str, Any]]) -> list[str]:
+    """Names of the settings that are not the same for all."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [n for n in names if len({str(each.get(n)) for each in settings}) > 1]
 
 
 def _titled(metric: str) -> str:
@@ -785,7 +806,7 @@ def sweep(as_json: bool, refit: list[int] | None, **values: Any) -> None:
                 case stage.TrialDone() | stage.MemberStopped():  # both are in the table below
                     pass
                 case _:
-                    _show_pass(progress, record)
+                    _show_pass(progress, record, "training")
 
         result = stage.sweep(config, report)
         refitted = _refit(progress, config.out, refit, config.overwrite) if refit else None

@@ -1,6 +1,6 @@
 """LAST trained from a cache, against LAST trained live and against LoRA, in images a second.
 
-    ours  pipeline.batches.Batches (resident features, the batch selected) + members.Stack.step
+    ours  systems.train_members: resident features, the batch selected, one member
     live  the same LAST, the backbone run over the batch at every step (no gradient, bfloat16)
     lora  peft, rank 8 on qkv, head trained, AdamW; forward and backward through the backbone
 
@@ -12,22 +12,15 @@ training pays at every epoch. A fourth process measures the matrix rate for the 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from measure import alternate, medians, peak_memory, print_line
+from measure import alternate, medians, print_line
 from synthetic import CLASSES, write_features
-
-from pipeline.process import settle_process
+from systems import Round, processes, train_members
 
 GOALS = {"live": 10.0, "lora": 20.0, "memory": 0.35}
-LEARNING_RATE = 2e-3
 
 
 def main() -> None:
@@ -51,7 +44,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, cache: Path) -> None:
     sizes = {"taps": options.taps, "tokens": options.tokens, "dim": options.dim}
     write_features(cache, rows=options.rows, **sizes)
-    with processes(options, cache) as systems:
+    with processes(SYSTEMS, options, cache) as systems:
         rates = alternate({name: system.round for name, system in systems.items()}, options.rounds)
         memory = {name: system.finish() for name, system in systems.items() if name != "matrix"}
     speed = medians(rates)
@@ -92,100 +85,7 @@ def measure(options: argparse.Namespace, cache: Path) -> None:
     )
 
 
-# --- one process a system -----------------------------------------------------------------------
-
-
-class System:
-    """The near end of a process that measures one round when asked."""
-
-    def __init__(self, name: str, options: argparse.Namespace, cache: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, far_end = context.Pipe()
-        arguments = (name, options, cache, far_end)
-        self.process = context.Process(target=serve, args=arguments, daemon=True)
-        self.process.start()
-        far_end.close()  # the child has its own; if it dies, `recv` raises EOFError
-        self.pipe.recv()  # ready
-
-    def round(self) -> float:
-        self.pipe.send("round")
-        return self.pipe.recv()
-
-    def finish(self) -> dict[str, int]:
-        self.pipe.send("finish")
-        return self.pipe.recv()
-
-
-@contextmanager
-def processes(options: argparse.Namespace, cache: Path) -> Iterator[dict[str, System]]:
-    systems: dict[str, System] = {}
-    try:
-        for name in SYSTEMS:
-            systems[name] = System(name, options, cache)
-        yield systems
-    finally:
-        for system in systems.values():
-            system.process.terminate()
-            system.process.join()
-
-
-def serve(name: str, options: argparse.Namespace, cache: Path, pipe: Connection) -> None:
-    """The far end: build the system, warm up, then a round a request."""
-    settle_process()
-    import torch
-
-    from pipeline.device import pick_device
-
-    device = pick_device(options.device)
-
-    def peak() -> int:
-        return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
-
-    run, features = SYSTEMS[name](options, cache, device)
-    ready = peak()  # loaded, nothing computed
-    run()  # warm
-    pipe.send("ready")
-    while pipe.recv() == "round":
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        done = run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        pipe.send(done / (time.perf_counter() - begin))
-    pipe.send({"peak": peak(), "ready": ready, "features": features})
-
-
 # --- the systems ----------------------------------------------------------------------------------
-
-# does one round and returns what it did (images, operations); and the bytes of features it holds
-Round = tuple[Callable[[], float], int]
-
-
-def ours(options: argparse.Namespace, cache: Path, device: Any) -> Round:
-    import torch
-
-    from cache import Reader
-    from pipeline.batches import Batches, feature_spec, labelled_rows
-    from pipeline.config import Member
-    from pipeline.members import make_stacks
-
-    reader = Reader(cache)
-    rows, labels = labelled_rows(reader, ["train"])
-    (stack,) = make_stacks([Member(method="last")], feature_spec(reader, CLASSES), device)
-    batches = Batches(reader, rows, labels, [stack.network], device=device, dtype=torch.bfloat16)
-    batches.load(device)
-    lr = torch.tensor([LEARNING_RATE], device=device)
-    shuffle = torch.Generator().manual_seed(0)
-
-    def run() -> float:
-        for _ in range(options.epochs):
-            order = torch.randperm(len(batches), generator=shuffle)
-            for number, batch in enumerate(batches.epoch(options.batch_size, order)):
-                stack.step(batch, 0, lr, None, number)
-        return options.epochs * len(batches)
-
-    return run, batches.nbytes
 
 
 def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
@@ -196,26 +96,30 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     from pipeline.batches import Batch, feature_spec
     from pipeline.config import Member
     from pipeline.members import make_stacks
+    from pipeline.metrics import Task
 
     with Reader(cache) as reader:
         spec = feature_spec(reader, CLASSES)
+        task = Task(name="label", kind="class", classes=reader.target().classes)
     backbone = load_backbone(options.model, device=device, pretrained=False, preprocessing={})
     backbone.keep(spec.taps)
-    (stack,) = make_stacks([Member(method="last")], spec, device)
+    (stack,) = make_stacks(
+        [Member(method="last", task="label", epochs=10**6)], spec, {"label": task}, device
+    )
     images, labels = random_batch(options, device)
     shape = (options.batch_size, options.tokens, options.dim)
     features = {tap: torch.empty(shape, dtype=torch.float16, device=device) for tap in spec.taps}
-    lr = torch.tensor([LEARNING_RATE], device=device)
 
     def keep(tap: str, tokens: torch.Tensor) -> None:
         features[tap].copy_(tokens)
 
     def run() -> float:
-        for number in range(options.steps):
+        stack.begin_epoch(stack.optimiser.steps // options.steps, options.steps)
+        for _ in range(options.steps):
             backbone.read_taps(images, keep, precision=torch.bfloat16)
             with torch.no_grad():
                 operands = stack.network.operands(features, torch.bfloat16)
-            stack.step(Batch([operands], labels), 0, lr, None, number)
+            stack.step(Batch([operands], {"label": labels}), 0)
         return options.steps * options.batch_size
 
     return run, 0
@@ -230,7 +134,7 @@ def lora(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["qkv"], modules_to_save=["head"])
     network = get_peft_model(model, config).to(device).train()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    optimiser = torch.optim.AdamW(trained, lr=1e-3)
     images, labels = random_batch(options, device)
 
     def run() -> float:
@@ -261,7 +165,7 @@ def random_batch(options: argparse.Namespace, device: Any) -> Any:
     return images, labels
 
 
-SYSTEMS = {"ours": ours, "live": live, "lora": lora, "matrix": matrix}
+SYSTEMS = {"ours": train_members, "live": live, "lora": lora, "matrix": matrix}
 
 if __name__ == "__main__":
     main()

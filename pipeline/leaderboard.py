@@ -44,10 +44,11 @@ class Trained:
     curves: dict[str, list[float | None]]
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """Best first: by score, then by loss; unscored ones last. As `Run.best_member` does."""
+    def rank(self) -> tuple[bool, float, float]:
+        """Best first: by score, then by loss; unscored ones later, stopped ones last. As
+        `Run.best_member` does."""
         score = math.inf if self.score is None else -self.score
-        return score, math.inf if self.loss is None else self.loss
+        return bool(self.stopped), score, math.inf if self.loss is None else self.loss
 
 
 @dataclass(kw_only=True)

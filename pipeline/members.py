@@ -24,7 +24,6 @@ from pipeline.side import ALIASES, METHODS, FeatureSpec, Settings, SideNetwork
 from pipeline.workers import Workers
 
 EVAL_BATCH = 64
-STACKED_ON_CPU = 2  # members a stack; more stacks than cores keep all cores busy
 
 
 class Stack:
@@ -182,7 +181,7 @@ def make_stacks(
     for (method, settings, name), group in groups.items():
         task = tasks[name]
         own = replace(spec, classes=task.outputs)
-        most = STACKED_ON_CPU if device.type == "cpu" else len(group)
+        most = METHODS[method].stacked_on_cpu if device.type == "cpu" else len(group)
         try:
             for first in range(0, len(group), most):
                 part = group[first : first + most]

@@ -1,0 +1,139 @@
+"""Systems under measurement, each in a process of its own that works a round when asked.
+
+A process of its own, so that its peak memory can be told; in rounds, so that systems can take turns
+(`measure.alternate`) and all see the same slow minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from measure import peak_memory
+from synthetic import CLASSES
+
+from pipeline.process import settle_process
+
+# does one round and returns what it did (images, operations); and the bytes of features it holds
+Round = tuple[Callable[[], float], int]
+Build = Callable[[argparse.Namespace, Path, Any], Round]  # options, cache, device
+
+
+class System:
+    """The near end of a process that measures one round when asked."""
+
+    def __init__(self, build: Build, options: argparse.Namespace, cache: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, far_end = context.Pipe()
+        arguments = (build, options, cache, far_end)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        far_end.close()  # the child has its own; if it dies, `recv` raises EOFError
+        self.pipe.recv()  # ready
+
+    def round(self) -> float:
+        """What one round did per second."""
+        self.pipe.send("round")
+        return self.pipe.recv()
+
+    def finish(self) -> dict[str, int]:
+        """Bytes: `peak` and `ready` (before the first round) of memory, `features` held."""
+        self.pipe.send("finish")
+        return self.pipe.recv()
+
+
+@contextmanager
+def processes(
+    builds: Mapping[str, Build], options: argparse.Namespace, cache: Path
+) -> Iterator[dict[str, System]]:
+    """All systems, warm and waiting."""
+    systems: dict[str, System] = {}
+    try:
+        for name, build in builds.items():
+            systems[name] = System(build, options, cache)
+        yield systems
+    finally:
+        for system in systems.values():
+            system.process.terminate()
+            system.process.join()
+
+
+def serve(build: Build, options: argparse.Namespace, cache: Path, pipe: Connection) -> None:
+    """The far end: build the system, warm up, then a round a request."""
+    settle_process()
+    import torch
+
+    from pipeline.device import pick_device
+
+    device = pick_device(options.device)
+
+    def peak() -> int:
+        return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+
+    run, features = build(options, cache, device)
+    ready = peak()  # loaded, nothing computed
+    run()  # warm
+    pipe.send("ready")
+    while pipe.recv() == "round":
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        done = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(done / (time.perf_counter() - begin))
+    pipe.send({"peak": peak(), "ready": ready, "features": features})
+
+
+def train_members(
+    options: argparse.Namespace,
+    cache: Path,
+    device: Any,
+    *,
+    members: int = 1,
+    resident: bool = True,
+    before_round: Callable[[Path], None] = lambda cache: None,
+) -> Round:
+    """Our training of that many LAST members, as `pipeline.train` does it; counts images read."""
+    import torch
+
+    from cache import Reader
+    from pipeline.batches import Batches, feature_spec, labelled_rows, make_task
+    from pipeline.config import Member
+    from pipeline.members import make_stacks
+    from pipeline.workers import Workers
+
+    reader = Reader(cache)
+    rows = labelled_rows(reader, ["train"], ["label"])
+    tasks = {"label": make_task(reader.target(), rows)}
+    settings = [
+        Member(method="last", task="label", epochs=10**6, seed=i, lr=1e-3 * (1 + i % 4))
+        for i in range(members)
+    ]
+    stacks = make_stacks(settings, feature_spec(reader, CLASSES), tasks, device)
+    networks = [stack.network for stack in stacks]
+    batches = Batches(reader, rows, networks, device=device, dtype=torch.bfloat16)
+    if resident:
+        batches.load(device)
+    workers = Workers(len(stacks), device)
+    shuffle = torch.Generator().manual_seed(0)
+    items = list(enumerate(stacks))
+    steps = -(-len(batches) // options.batch_size)
+
+    def run() -> float:
+        before_round(cache)
+        for _ in range(options.epochs):
+            for stack in stacks:
+                stack.begin_epoch(stack.optimiser.steps // steps, steps)
+            order = torch.randperm(len(batches), generator=shuffle)
+            for batch in batches.epoch(options.batch_size, order):
+                workers.each(lambda item, batch=batch: item[1].step(batch, item[0]), items)
+        return options.epochs * len(batches)
+
+    return run, batches.nbytes
