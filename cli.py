@@ -665,7 +665,7 @@ def _show_pass(progress: Progress, record: Any, what: str) -> None:
         case stage.Start():
             progress.note(_start_line(record))
         case stage.EpochDone(epoch=epoch, epochs=epochs, metric=metric, score=score):
-            scored = "" if score is None else f", val {metric} {score:.1%}"
+            scored = "" if score is None else f", val {metric} {_score_text(metric, score)}"
             detail = f"loss {record.train_loss:.3f}{scored}"
             progress.update(what, epoch, epochs, detail)
         case stage.MemberStopped(id=member, epoch=epoch, reason=reason):

@@ -51,10 +51,14 @@ if [ -n "${QUICK:-}" ]; then
     extract=(--images 128 --rounds 1)
     read=(--rows 32 --rounds 2)
     train=(--rows 64 --epochs 2 --steps 2 --rounds 2)
+    members=(--members 4 --rows 64 --rounds 2)
+    stream=(--members 1,4 --rows 64 --rounds 2)
 else
     extract=(--images 4096 --batch-size 128 --rounds 3)
     read=(--rows 400)
     train=(--rows 1024 --epochs 5 --steps 10 --rounds 5)
+    members=(--members 4,16,64 --loop 16 --rows 1024 --epochs 2 --rounds 5)
+    stream=(--members 1,4,16,64 --rows 2048 --rounds 3)
 fi
 
 measure gpu_tests tests
@@ -64,5 +68,7 @@ for model in vit_base_patch16_224 vit_tiny_patch16_224; do
 done
 measure read "$PYTHON" benchmarks/read.py "${read[@]}"
 measure train "$PYTHON" benchmarks/train.py --device cuda "${train[@]}"
+measure members "$PYTHON" benchmarks/members.py --device cuda "${members[@]}"
+measure stream "$PYTHON" benchmarks/stream.py --device cuda "${stream[@]}"
 echo "written to $results" >&2
 exit "$failed"

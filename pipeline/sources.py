@@ -21,6 +21,7 @@ import math
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -372,7 +373,8 @@ def _open_vtab(
     """NOAH's layout (https://github.com/ZhangYuanhan-AI/NOAH): a list a split, lines `path label`.
 
     train800val200.txt is train and val together: checked, not loaded again; where it stands
-    without those two, it is "train". Names of classes, one a line, may stand in classes.txt.
+    without those two, it is "train". NOAH's own script writes it with copies of the images, in
+    images/train800val200/. Names of classes, one a line, may stand in classes.txt.
     """
     lists = {split: name for split, name in VTAB_LISTS.items() if (root / name).is_file()}
     union = root / VTAB_UNION
@@ -402,14 +404,20 @@ def _read_vtab(path: Path, split: str) -> Iterator[_Entry]:
 
 
 def _check_union(union: Path, entries: list[_Entry]) -> None:
-    both = {(e.path, *e.cells) for e in entries if e.split in ("train", "val")}
-    listed = {(e.path, *e.cells) for e in _read_vtab(union, "train")}
+    """By path and label; where the union has copies of its own, by how often each label occurs."""
+    split = [e for e in entries if e.split in ("train", "val")]
+    together = list(_read_vtab(union, "train"))
+    if {e.path for e in split}.isdisjoint(e.path for e in together):
+        both = {f"label {k}, {n} times" for k, n in Counter(e.cells[0] for e in split).items()}
+        listed = {f"label {k}, {n} times" for k, n in Counter(e.cells[0] for e in together).items()}
+    else:
+        both = {f"{e.path} {e.cells[0]}" for e in split}
+        listed = {f"{e.path} {e.cells[0]}" for e in together}
     if both != listed:
-        path, label = min(both ^ listed)
         raise SourceError(
             f"{union}: not the union of {VTAB_LISTS['train']} and {VTAB_LISTS['val']}: "
             f"{len(listed - both)} lines are here alone, {len(both - listed)} there alone, such as "
-            f"`{path} {label}`; restore the lists, or remove this one"
+            f"`{min(both ^ listed)}`; restore the lists, or remove this one"
         )
 
 

@@ -425,6 +425,18 @@ def test_vtab_task(tmp_path: Path) -> None:
     fails(root, "val200.txt, line 1", "label 2", "classes.txt has 2 names")
 
 
+def test_vtab_union_may_list_copies(tmp_path: Path) -> None:
+    """As NOAH's get_vtab1k.py writes it: a folder of images a list, the union's too."""
+    lists = {"train800": "images/train800/0.png 0\nimages/train800/1.png 1\n",
+             "val200": "images/val200/0.png 1\n"}  # fmt: skip
+    union = "images/train800val200/{}.png {}\n"
+    together = "".join(union.format(*line) for line in ((0, 0), (1, 1), (2, 1)))
+    root = vtab(tmp_path / "1", **lists, train800val200=together)
+    assert [row.split for row in open_source(root).rows] == ["train", "train", "val"]
+    root = vtab(tmp_path / "2", **lists, train800val200=together.replace("2.png 1", "2.png 0"))
+    fails(root, "train800val200.txt", "not the union", "label 0")
+
+
 def test_vtab_union_alone_is_train(tmp_path: Path) -> None:
     root = vtab(tmp_path, train800val200="a.png 0\nb.png 1\n", test="c.png 1\n")
     assert [row.split for row in open_source(root).rows] == ["train", "train", "test"]
