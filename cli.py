@@ -285,8 +285,9 @@ def extract(as_json: bool, **values: Any) -> None:
     """Run the frozen backbone over IMAGES once and write its layers' tokens to a cache.
 
     IMAGES is a folder with a folder per class (or train/, val/, test/ above those), a CSV with
-    path,label[,split], a VTAB-1K task folder, a .tar, or a timm dataset string. Run the same
-    command again to continue after an interruption; a complete cache is left alone.
+    path,label[,split], a VTAB-1K task folder, a .tar, or a timm dataset string. In place of label,
+    a CSV may have any of label:NAME, labels:NAME (a;b) and value:NAME. Run the same command
+    again to continue after an interruption; a complete cache is left alone.
 
     \b
     Example:
