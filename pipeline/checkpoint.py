@@ -169,8 +169,9 @@ class Run:
         rows, known = self.summary(), self.tasks()
         if task not in known and (task is not None or len(known) > 1):
             raise RunError(
-                f"{self.path}: expected one of its tasks, {', '.join(known)}; came {task or 'none'}. Scores "
-                "of different tasks are not compared: name a task, or a member."
+                f"{self.path}: expected one of its tasks, {', '.join(known)}; came "
+                f"{task or 'none'}. Scores of different tasks are not compared: name a task, or a "
+                "member."
             )
         return min((row for row in rows if task in (None, row["task"])), key=_rank)["id"]
 

@@ -34,16 +34,8 @@ from pipeline.side.contract import (
     block_taps,
     find_taps,
 )
-from pipeline.side.layers import (
-    FrozenNorm,
-    Head,
-    LSAChain,
-    LSASettings,
-    centred,
-    check_pool,
-    pool_tokens,
-    wide,
-)
+from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens, wide
+from pipeline.side.lsa import LSAChain, LSASettings, centred
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +64,7 @@ class LAST(SideNetwork):
         check_pool(settings.pool, self.shape)
         groups = range(len(self.reads) - 1)
         state_of = [group for group in groups for _ in range(settings.depth)]
-        self.chain = LSAChain(
-            self.shape.dim, seeds, state_of=state_of, rank=settings.rank, heads=settings.heads
-        )
+        self.chain = LSAChain(self.shape, seeds, state_of=state_of, settings=settings)
         self.final_norm = FrozenNorm(spec, self.shape.dim)
         self.head = Head(self.shape.dim, spec.classes, seeds)
 
@@ -95,7 +85,7 @@ class LAST(SideNetwork):
 
     @property
     def drop_sites(self) -> int:
-        return len(self.chain.state_of)
+        return self.chain.plan.modules
 
     def make_operands(self, features: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
         """`state<i>`, `square<i>`: S_{i+1}, centred, and its square; `mean`, `cls`: pooled z_m."""
@@ -110,7 +100,5 @@ class LAST(SideNetwork):
         return out
 
     def forward(self, operands: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
-        branches = self.chain(operands, keep)  # (K, B, T, M(R+1))
-        pooled = pool_tokens(branches, self.settings.pool, self.shape.prefix_tokens)
-        corrected = operands[self.settings.pool] + pooled @ self.chain.ups()  # (K, B, D)
+        corrected = operands[self.settings.pool] + self.chain(operands, keep)  # (K, B, D)
         return self.head(self.final_norm(corrected))

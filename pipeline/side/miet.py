@@ -39,17 +39,8 @@ from pipeline.side.contract import (
     zero_parameter,
 )
 from pipeline.side.gather import Gather, found_among
-from pipeline.side.layers import (
-    LN_EPS,
-    FrozenNorm,
-    Head,
-    LSAChain,
-    LSASettings,
-    centred,
-    check_pool,
-    pool_tokens,
-    wide,
-)
+from pipeline.side.layers import LN_EPS, FrozenNorm, Head, check_pool, pool_tokens, wide
+from pipeline.side.lsa import LSAChain, LSASettings, centred
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +90,7 @@ class MIET(SideNetwork):
         groups = self.gather.groups
         state_of = [j * groups // settings.modules for j in range(settings.modules)]
         dim = self.shape.dim
-        self.chain = LSAChain(
-            dim, seeds, state_of=state_of, rank=settings.rank, heads=settings.heads
-        )
+        self.chain = LSAChain(self.shape, seeds, state_of=state_of, settings=settings)
         if settings.head == "last":
             self.final_norm = FrozenNorm(spec, dim)
         else:
@@ -156,9 +145,7 @@ class MIET(SideNetwork):
         return out
 
     def forward(self, operands: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
-        branches = self.chain(operands, keep)  # (K, B, T, n(R+1))
-        pooled = pool_tokens(branches, self.settings.pool, self.shape.prefix_tokens)
-        x = operands[self.settings.pool] + pooled @ self.chain.ups()  # (K, B, D)
+        x = operands[self.settings.pool] + self.chain(operands, keep)  # (K, B, D)
         if self.settings.head == "last":
             return self.head(self.final_norm(x))
         x = nn.functional.layer_norm(x, x.shape[-1:], eps=LN_EPS)

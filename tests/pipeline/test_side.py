@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from pipeline.side import METHODS, FeatureSpec, SideNetwork
 from pipeline.side.last import LAST, LASTSettings
+from pipeline.side.lsa import Attention, Plan
 
 MakeSpec = Callable[..., FeatureSpec]
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -245,6 +247,93 @@ def test_last_gradients_equal_those_of_the_recursion(
         (reference(network, features, member, kept) * target[member]).sum().backward()
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def gradients(network: SideNetwork, rows: int, keep: Tensor | None) -> dict[str, Tensor]:
+    """Of a sum of squared logits; and the logits themselves."""
+    network.zero_grad()
+    features = features_for(network, rows)
+    logits = network(network.operands(features, torch.float64), keep)
+    logits.square().sum().backward()
+    found = {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
+    return {**found, "logits": logits.detach()}
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("last", {"rank": 4, "gap": 2, "depth": 2, "heads": 2, "pool": "cls"}),
+        ("miet", {"rank": 4, "modules": 5, "groups": 2}),
+    ],
+)
+def test_a_batch_computed_in_parts_is_the_same(
+    make_spec: MakeSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, Any],
+    images: int,
+) -> None:
+    """Five images in parts of one, two and three; drop-path on."""
+    network = build(make_spec(), method, settings)
+    draws = torch.rand(3, network.drop_sites, 5, generator=torch.Generator().manual_seed(4))
+    keep = ((draws > 0.4) / 0.6).double()
+    whole = gradients(network, 5, keep)
+    monkeypatch.setattr(Plan, "ROWS", images * 9 + 8)
+    parts = gradients(network, 5, keep)
+    for name, expected in whole.items():
+        torch.testing.assert_close(parts[name], expected, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_members_together_are_members_one_by_one(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU takes one member at a time, other devices all."""
+    network = build(make_spec(), "last", {"rank": 4, "depth": 2, "heads": 2})
+    alone = gradients(network, 3, None)
+    everything = [(slice(0, 3), slice(0, 3))]
+    monkeypatch.setattr(Plan, "parts", lambda *_: everything)
+    together = gradients(network, 3, None)
+    for name, expected in alone.items():
+        torch.testing.assert_close(together[name], expected, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_networks_learn_side_by_side_in_threads(make_spec: MakeSpec) -> None:
+    networks = [build(make_spec(), "last", {"rank": 4}, seeds=(i, i + 1)) for i in range(4)]
+    expected = [gradients(network, 3, None) for network in networks]
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda network: gradients(network, 3, None), networks))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 8.0, 100.0])
+@pytest.mark.parametrize("asked", [1, 9])
+def test_attention_and_its_gradients(size: float, asked: int, dtype: torch.dtype) -> None:
+    """Both ways of computing it, also where exp alone leaves the range of numbers."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v, gradient = torch.randn(4, 6, 4, 9, generator=generator, dtype=torch.float64)
+    q, k, v = (
+        part.to(dtype).double().requires_grad_() for part in (q[..., :asked] * size, k * size, v)
+    )
+    gradient = gradient[..., :asked]
+    scores = (q.mT @ k).to(dtype).double()  # rounded as ours are
+    out = v @ torch.softmax(scores, dim=-1).mT
+    expected = [out, *torch.autograd.grad(out, (q, k, v), gradient)]
+    attention = Attention(*(part.detach().to(dtype) for part in (q, k, v)))
+    sums = torch.promote_types(dtype, torch.float32)
+    forward = attention.forward()
+    ours = [forward, *attention.backward(gradient.to(sums), forward.to(dtype).to(sums))]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+    for one, other, least in zip(ours, expected, (1, size, size, 1), strict=True):
+        assert (one.double() - other).norm() < tolerance * max(other.norm(), least)
+    if dtype == torch.float64:  # what other devices do
+        fused = [attention._fused(attention.q, attention.k, attention.v)]
+        fused += attention._fused_backward(gradient)
+        for one, other in zip(fused, expected, strict=True):
+            torch.testing.assert_close(one, other.detach(), rtol=1e-8, atol=1e-8)
 
 
 def test_last_starts_as_the_linear_probe(make_spec: MakeSpec) -> None:
