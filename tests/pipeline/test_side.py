@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pipeline.side import METHODS, FeatureSpec, SideNetwork
 from pipeline.side.last import LAST, LASTSettings
-from pipeline.side.lsa import Attention, Plan
+from pipeline.side.rank_space import Attention, Plan
 
 MakeSpec = Callable[..., FeatureSpec]
 CASES: list[tuple[str, dict[str, Any]]] = [
