@@ -30,6 +30,7 @@ class Stack:
     """Members of one method, one shape and one task: a network of K, its optimiser, its schedules.
 
     `positions` are the members' places in the pass. Call `begin_epoch`, then `step` per batch.
+    `whole` is False while a step changes the members, and stays so if an exception tore it.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Stack:
         self.bad_step = torch.full((len(members),), -1, device=device)  # of the first bad loss
         self.loss_sum = torch.zeros(len(members), device=device)  # over the epoch's labelled rows
         self.rows_seen = torch.zeros((), device=device)
+        self.whole = True
 
     @property
     def parameters(self) -> int:
@@ -68,14 +70,10 @@ class Stack:
         return (self.loss_sum / self.rows_seen.clamp_min(1)).tolist()
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
-        """Before the first of the epoch's `steps`: learning rates, random streams, empty sums."""
+        """Before the first of the epoch's `steps`: learning rates, empty sums."""
         rates = [[learning_rate(m, epoch + i / steps) for m in self.members] for i in range(steps)]
         self._rates = torch.tensor(rates, device=self.loss_sum.device)  # (steps, K)
         self._first_step = epoch * steps
-        self._streams = [
-            torch.Generator().manual_seed((m.seed * 1_000_003 + 7919 * (epoch + 1)) % 2**63)
-            for m in self.members
-        ]
         self.loss_sum.zero_()
         self.rows_seen.zero_()
         self.network.train()
@@ -83,25 +81,33 @@ class Stack:
     def step(self, batch: Batch, index: int) -> None:
         """One training step on the operands at `index`."""
         labels, number = batch.labels[self.task.name], self.optimiser.steps
-        outputs = self.network(batch.operands[index], self._keep(labels))
+        outputs = self.network(batch.operands[index], self._keep(labels, number))
         loss = self.task.loss(outputs, labels, self.smoothing)  # (K,)
         self.optimiser.zero_gradient()
         loss.sum().backward()
         loss = loss.detach()
         newly_bad = ~loss.isfinite() & (self.bad_step < 0)
-        self.bad_step = torch.where(newly_bad, number, self.bad_step)
         rows = self.task.known(labels).sum()
+        self.whole = False
+        self.bad_step = torch.where(newly_bad, number, self.bad_step)
         self.loss_sum += loss * rows
         self.rows_seen += rows
         self.optimiser.step(self._rates[number - self._first_step], self.bad_step < 0)
+        self.whole = True
 
-    def _keep(self, labels: Tensor) -> Tensor | None:
-        """Drop-path factors (K, sites, B): 0, or 1 / (1 - rate). None if no member drops."""
+    def _keep(self, labels: Tensor, number: int) -> Tensor | None:
+        """Drop-path factors (K, sites, B): 0, or 1 / (1 - rate). None if no member drops.
+
+        Each member's come from its own seed and the step's number.
+        """
         sites = self.network.drop_sites
         if sites == 0 or not self.drop_path.any():
             return None
+        draws = torch.empty(len(self.members), sites, len(labels))
+        for draw, member in zip(draws, self.members, strict=True):
+            seed = (member.seed * 1_000_003 + 7919 * (number + 1)) % 2**63
+            draw.uniform_(generator=torch.Generator().manual_seed(seed))
         rate = self.drop_path[:, None, None]
-        draws = torch.stack([torch.rand(sites, len(labels), generator=s) for s in self._streams])
         return ((draws >= rate).float() / (1 - rate)).to(labels.device)
 
     def without(self, positions: set[int]) -> Stack | None:
@@ -120,15 +126,12 @@ class Stack:
         return {
             "positions": self.positions,
             "optimiser": self.optimiser.state(),
-            "streams": [stream.get_state() for stream in self._streams],
             **{name: getattr(self, name) for name in ("bad_step", "loss_sum", "rows_seen")},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`, after `begin_epoch`."""
         self.optimiser.restore(state["optimiser"])
-        for stream, values in zip(self._streams, state["streams"], strict=True):
-            stream.set_state(values)
         for name in ("bad_step", "loss_sum", "rows_seen"):
             getattr(self, name).copy_(state[name])
 

@@ -405,8 +405,12 @@ class _Pass:
         self.stacks = left
 
     def _save_checkpoint(self) -> None:
-        """Unless an interrupt came between the steps of two stacks: then the last one stands."""
-        if len({stack.optimiser.steps for _, stack in self.stacks}) != 1:
+        """Unless an interrupt tore a step, or came between those of two stacks: then the last
+        checkpoint stands."""
+        stacks = [stack for _, stack in self.stacks]
+        if len({stack.optimiser.steps for stack in stacks}) != 1 or not all(
+            stack.whole for stack in stacks
+        ):
             return
         begin = time.perf_counter()
         self.run.save_checkpoint(

@@ -1,11 +1,9 @@
 """Members side by side: one thread a core, each computing some stacks with its share of the cores.
 
 Members never wait for each other inside a step, so threads with stacks of their own keep the cores
-busier than one stack whose every operation is spread over all cores. On a GPU one thread issues
-all of it.
-
-Work never runs in the main thread: a Ctrl-C, which Python hands to the main thread, cannot tear a
-training step apart. `each` then lets the steps begun end before it passes the interrupt on.
+busier than one stack whose every operation is spread over all cores. One job, and whatever runs on
+a GPU, stays in the thread that asked: a second thread with an OpenMP team of its own would make
+every parallel operation of both a third slower.
 """
 
 from __future__ import annotations
@@ -25,13 +23,14 @@ class Workers:
     """Threads for `jobs` jobs at a time on `device`; a context manager."""
 
     def __init__(self, jobs: int, device: torch.device) -> None:
-        cores = torch.get_num_threads()
-        self._count = min(jobs, cores) if device.type == "cpu" else 1
-        share = cores // self._count
-        self._before = cores
-        self._pool = ThreadPoolExecutor(
-            self._count, "sidecache-train", initializer=torch.set_num_threads, initargs=(share,)
-        )
+        self._cores = torch.get_num_threads()
+        count = min(jobs, self._cores) if device.type == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
+        if count > 1:
+            share = self._cores // count
+            self._pool = ThreadPoolExecutor(
+                count, "sidecache-train", initializer=torch.set_num_threads, initargs=(share,)
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -42,14 +41,17 @@ class Workers:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._pool.shutdown()
-        torch.set_num_threads(self._before)  # MKL has one number for the whole process
+        if self._pool is not None:
+            self._pool.shutdown()
+            torch.set_num_threads(self._cores)  # MKL has one number for the whole process
 
     def each(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`function` of every item, in order. The first error is raised when all have ended."""
+        """`function` of every item, in order. When it raises, nothing of it runs any more."""
+        if self._pool is None:
+            return [function(item) for item in items]
         futures = [self._pool.submit(function, item) for item in items]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            wait(futures)  # an interrupt too finds every item done
+            wait(futures)  # an interrupt too leaves no thread at work
         return [future.result() for future in futures]
