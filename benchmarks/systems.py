@@ -133,7 +133,8 @@ def train_members(
                 stack.begin_epoch(stack.optimiser.steps // steps, steps)
             order = torch.randperm(len(batches), generator=shuffle)
             for batch in batches.epoch(options.batch_size, order):
-                workers.each(lambda item, batch=batch: item[1].step(batch, item[0]), items)
+                workers.queue(lambda item, batch=batch: item[1].step(batch, item[0]), items)
+            workers.finish()
         return options.epochs * len(batches)
 
     return run, batches.nbytes

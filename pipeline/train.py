@@ -301,13 +301,14 @@ class _Pass:
             def train_on(item: tuple[int, Stack], batch: Batch = batch) -> None:
                 item[1].step(batch, item[0])
 
-            self.workers.each(train_on, stacks)
+            self.workers.queue(train_on, stacks)
             pace = clock.tick(step)
             if pace is not None:
                 self._report_start(pace)
             now = time.perf_counter()
             if now - self.saved >= max(CHECKPOINT_SECONDS, self.save_cost / CHECKPOINT_SHARE):
                 self._save_checkpoint()
+        self.workers.finish()
 
     def _report_start(self, seconds_per_epoch: float) -> None:
         self.report(
@@ -407,6 +408,7 @@ class _Pass:
     def _save_checkpoint(self) -> None:
         """Unless an interrupt tore a step, or came between those of two stacks: then the last
         checkpoint stands."""
+        self.workers.finish()
         stacks = [stack for _, stack in self.stacks]
         if len({stack.optimiser.steps for stack in stacks}) != 1 or not all(
             stack.whole for stack in stacks

@@ -190,17 +190,21 @@ def test_an_interrupt_loses_no_step(
     """Ctrl-C in the middle of an epoch (of three steps): steps done are kept, drop-path too."""
     other = dataclasses.replace(LAST, epochs=2, seed=3)
     train(train_config(zarr_cache, tmp_path / "whole", LAST, LINEAR, other))
-    each, calls = Workers.each, itertools.count(1)
+    calls = itertools.count(1)
 
-    def interrupted(workers: Workers, function: Any, items: Any) -> Any:
-        results = each(workers, function, items)
-        if next(calls) == step:
-            raise KeyboardInterrupt
-        return results
+    def interrupting(real: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            results = real(*arguments)
+            if next(calls) == step:
+                raise KeyboardInterrupt
+            return results
+
+        return call
 
     config = train_config(zarr_cache, tmp_path / "broken", LAST, LINEAR, other)
     with monkeypatch.context() as patch:
-        patch.setattr(Workers, "each", interrupted)
+        for name in ("queue", "each"):
+            patch.setattr(Workers, name, interrupting(getattr(Workers, name)))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert (tmp_path / "broken" / "checkpoint.pt").exists()
