@@ -174,20 +174,13 @@ class Batches:
 
     def load(self, place: torch.device, loaded: Callable[[int], None] = lambda _: None) -> None:
         """Compute all operands once and keep them on `place`; `loaded` counts rows."""
-        size = max(1, _CHUNK_BYTES // self._row_read_bytes)
+        size = self._rows_at_once
         chunks = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
         resident: dict[int, Operands] = {}
         begin = 0
         for features in self._prefetched(chunks):
-            count = len(next(iter(features.values())))
-            for i, operands in self._make(features).items():
-                for name, values in operands.items():
-                    room = resident.setdefault(i, {})
-                    if name not in room:
-                        shape = (len(self.rows), *values.shape[1:])
-                        room[name] = torch.empty(shape, dtype=values.dtype, device=place)
-                    room[name][begin : begin + len(values)] = values
-            begin += count
+            made = self._make(features)
+            begin = _fill(resident, made, begin, of=len(self.rows), place=place)
             loaded(begin)
         self._resident = resident
 
@@ -201,7 +194,7 @@ class Batches:
         if self._resident is None:
             features = self._prefetched([self.rows[place.numpy()] for place in places])
             for place, block in zip(places, features, strict=True):
-                yield self._batch(self._make(block), place)
+                yield self._batch(self._make_in_parts(block, len(place)), place)
             return
         for place in places:
             chosen = {i: self._select(room, place) for i, room in self._resident.items()}
@@ -234,6 +227,21 @@ class Batches:
             return {
                 i: network.operands(features, self.dtype) for i, network in self._makers.items()
             }
+
+    def _make_in_parts(self, stored: dict[str, Tensor], rows: int) -> dict[int, Operands]:
+        """`_make`, on a CPU for a few rows at a time, whose sums then stay in its cache."""
+        size = self._rows_at_once if self.device.type == "cpu" else rows
+        if size >= rows:
+            return self._make(stored)
+        whole: dict[int, Operands] = {}
+        for i in range(0, rows, size):
+            made = self._make({name: values[i : i + size] for name, values in stored.items()})
+            _fill(whole, made, i, of=rows, place=self.device)
+        return whole
+
+    @property
+    def _rows_at_once(self) -> int:
+        return max(1, _CHUNK_BYTES // self._row_read_bytes)
 
     @property
     def _row_read_bytes(self) -> int:
@@ -289,6 +297,27 @@ class Batches:
                     submit(rows)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _fill(
+    rooms: dict[int, Operands],
+    made: dict[int, Operands],
+    begin: int,
+    *,
+    of: int,
+    place: torch.device,
+) -> int:
+    """Put operands of some rows where they belong, from row `begin`, in rooms for `of` rows, which
+    are made at the first call. Returns one past the last row filled."""
+    end = begin
+    for i, operands in made.items():
+        for name, values in operands.items():
+            room = rooms.setdefault(i, {})
+            if name not in room:
+                room[name] = values.new_empty((of, *values.shape[1:]), device=place)
+            end = begin + len(values)
+            room[name][begin:end] = values
+    return end
 
 
 def _span(stack: Stack, wanted: Container[str]) -> slice:
