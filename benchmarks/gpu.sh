@@ -51,7 +51,7 @@ if [ -n "${QUICK:-}" ]; then
     extract=(--images 128 --rounds 1)
     read=(--rows 32 --rounds 2)
     train=(--rows 64 --epochs 2 --steps 2 --rounds 2)
-    members=(--members 4 --rows 64 --rounds 2)
+    members=(--members 4 --loop 2 --rows 64 --rounds 2)
     stream=(--members 1,4 --rows 64 --rounds 2)
 else
     extract=(--images 4096 --batch-size 128 --rounds 3)

@@ -15,38 +15,25 @@ import argparse
 import functools
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from measure import alternate, medians, print_line, seconds_of
-from synthetic import CLASSES, write_features
-from systems import Round, processes, train_members
+from synthetic import CLASSES
+from systems import Round, features_parser, processes, train_members, with_cache
 
 GOALS = {"cpu": 0.7, "cuda": 0.25}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = features_parser(__doc__, rows=128, epochs=1, rounds=5)
     parser.add_argument("--members", default="16", help="K, several with commas; the last is rated")
     parser.add_argument("--loop", type=int, default=4, help="members of the Python loop")
-    parser.add_argument("--taps", type=int, default=13)
-    parser.add_argument("--tokens", type=int, default=197)
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=1, help="a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--folder", help="where to put the cache  [default: a temporary folder]")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measure(options, Path(folder) / "cache.zarr")
+    with_cache(parser.parse_args(), measure)
 
 
 def measure(options: argparse.Namespace, cache: Path) -> None:
     sizes = {"taps": options.taps, "tokens": options.tokens, "dim": options.dim}
-    write_features(cache, rows=options.rows, **sizes)
     counts = [int(text) for text in options.members.split(",")]
     most = counts[-1]
     builds: dict[str, Any] = {"one": train_members}

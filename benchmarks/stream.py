@@ -11,37 +11,23 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from measure import alternate, medians, print_line, seconds_of
-from synthetic import write_features
-from systems import processes, train_members
+from systems import features_parser, processes, train_members, with_cache
 
 GOAL = 0.8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = features_parser(__doc__, rows=256, epochs=1, rounds=3)
     parser.add_argument("--members", default="1,4,16", help="K, several with commas")
-    parser.add_argument("--taps", type=int, default=13)
-    parser.add_argument("--tokens", type=int, default=197)
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=1, help="a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--folder", help="where to put the cache  [default: a temporary folder]")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measure(options, Path(folder) / "cache.zarr")
+    with_cache(parser.parse_args(), measure)
 
 
 def measure(options: argparse.Namespace, cache: Path) -> None:
     sizes = {"taps": options.taps, "tokens": options.tokens, "dim": options.dim}
-    write_features(cache, rows=options.rows, **sizes)
     counts = [int(text) for text in options.members.split(",")]
     results: dict[int, dict[str, float]] = {}
     rounds: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +17,42 @@ from pathlib import Path
 from typing import Any
 
 from measure import peak_memory
-from synthetic import CLASSES
+from synthetic import CLASSES, write_features
 
 from pipeline.process import settle_process
 
 # does one round and returns what it did (images, operations); and the bytes of features it holds
 Round = tuple[Callable[[], float], int]
 Build = Callable[[argparse.Namespace, Path, Any], Round]  # options, cache, device
+
+
+def features_parser(
+    description: str | None, *, rows: int, epochs: int, rounds: int
+) -> argparse.ArgumentParser:
+    """The flags of every benchmark that trains from a cache of random features."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--taps", type=int, default=13)
+    parser.add_argument("--tokens", type=int, default=197)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--rows", type=int, default=rows)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=epochs, help="of ours, a round")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", help="where to put the cache  [default: a temporary folder]")
+    return parser
+
+
+def with_cache(
+    options: argparse.Namespace, measure: Callable[[argparse.Namespace, Path], None]
+) -> None:
+    """Write a cache of the sizes that `options` ask for, measure, and remove it."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        cache = Path(folder) / "cache.zarr"
+        write_features(
+            cache, rows=options.rows, taps=options.taps, tokens=options.tokens, dim=options.dim
+        )
+        measure(options, cache)
 
 
 class System:

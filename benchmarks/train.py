@@ -12,38 +12,25 @@ training pays at every epoch. A fourth process measures the matrix rate for the 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from measure import alternate, medians, print_line
-from synthetic import CLASSES, write_features
-from systems import Round, processes, train_members
+from synthetic import CLASSES
+from systems import Round, features_parser, processes, train_members, with_cache
 
 GOALS = {"live": 10.0, "lora": 20.0, "memory": 0.35}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = features_parser(__doc__, rows=128, epochs=3, rounds=5)
     parser.add_argument("--model", default="vit_base_patch16_224", help="for live and LoRA")
-    parser.add_argument("--taps", type=int, default=13)
-    parser.add_argument("--tokens", type=int, default=197)
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=3, help="of ours, a round")
     parser.add_argument("--steps", type=int, default=2, help="of live and LoRA, a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--folder", help="where to put the cache  [default: a temporary folder]")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measure(options, Path(folder) / "cache.zarr")
+    with_cache(parser.parse_args(), measure)
 
 
 def measure(options: argparse.Namespace, cache: Path) -> None:
     sizes = {"taps": options.taps, "tokens": options.tokens, "dim": options.dim}
-    write_features(cache, rows=options.rows, **sizes)
     with processes(SYSTEMS, options, cache) as systems:
         rates = alternate({name: system.round for name, system in systems.items()}, options.rounds)
         memory = {name: system.finish() for name, system in systems.items() if name != "matrix"}
