@@ -92,6 +92,37 @@ def test_the_edges_way(images: Path, tmp_path: Path) -> None:
     assert refused.exit_code == 1 and "miet alone reads" in refused.stderr
 
 
+def test_the_searchers_way(zarr_cache: Path, images: Path, tmp_path: Path) -> None:
+    """A grid and a sweep, both refitted, evaluated with mean and deviation, and reported."""
+    quick = ["--device", "cpu", "--no-amp"]
+    grid = ["--method", "linear", "--lr", "1e-3,1e-2", "--seed", "0,1", "--epochs", 3]
+    out = tmp_path / "grid"
+    text = run("train", zarr_cache, *grid, "--warmup-epochs", 0, "--refit", "3,4,5",
+               "--out", out, *quick)  # fmt: skip
+    assert text.exit_code == 0, text.output
+    assert "over 2 seeds; trained on train + val with 3 seeds" in text.stdout
+    scored = run_json("evaluate", out / "refit", "--device", "cpu")
+    assert [member["member"] for member in scored["members"]] == ["m0", "m1", "m2"]
+    assert len(scored["mean"]["label"]["top1"]) == 2, "mean and deviation"
+    assert "mean of 3 members: top-1 " in run("evaluate", out / "refit", "--device", "cpu").stdout
+
+    space = tmp_path / "space.yaml"
+    space.write_text("method: linear\nlr: {low: 1e-3, high: 1e-1, log: true}\nepochs: 3\n"
+                     "warmup_epochs: 0\n")  # fmt: skip
+    swept = tmp_path / "sweep"
+    found = run_json("sweep", zarr_cache, "--space", space, "--trials", 5, "--at-once", 2,
+                     "--refit", "0,1", "--out", swept, *quick)  # fmt: skip
+    assert (found["done"], len(found["trials"]), found["refit"]["seeds"]) == (5, 5, [0, 1])
+    assert run_json("evaluate", swept, "--device", "cpu")["member"] == found["best"]
+    again = run("sweep", zarr_cache, "--space", space, "--trials", 5, "--out", swept, *quick)
+    assert "already finished, nothing to do" in again.stdout
+
+    page = tmp_path / "page.html"
+    written = run_json("report", out, swept, "--out", page, "--images", images, "--device", "cpu")
+    assert (written["runs"], written["members"], written["left_out"]) == (2, 9, [])
+    assert page.read_text().startswith("<!doctype html>")
+
+
 def test_progress_goes_to_stderr_and_results_to_stdout(images: Path, tmp_path: Path) -> None:
     result = run("extract", images, *SMALL, "--out", tmp_path / "c.h5")
     assert result.stdout.startswith(f"{tmp_path / 'c.h5'}: 24 rows")
