@@ -1082,6 +1082,7 @@ class Progress:
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
         self._begin: dict[str, float] = {}
+        self._done: dict[str, int] = {}
         self._last = self._previous = time.monotonic()
         return self
 
@@ -1090,6 +1091,9 @@ class Progress:
             self._bar.stop()
 
     def update(self, what: str, done: int, total: int, detail: str = "") -> None:
+        if done < self._done.get(what, 0):  # the next round of the same
+            del self._begin[what]
+        self._done[what] = done
         begin = self._begin.setdefault(what, self._previous)
         self._previous = time.monotonic()
         if sys.stderr.isatty():

@@ -26,7 +26,7 @@ from pipeline.space import Space
 
 SAMPLERS = ("tpe", "random", "grid")
 REDUCTION = 3  # with halving, one member in three passes a rung, and trains three times as long
-FIRST_RUNG = 6  # the first rung is at a sixth of the longest training: past any usual warm-up
+FIRST_RUNG = 6  # the first rung is at a sixth of the longest training, and not its first epoch
 _STATES = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 _JOURNAL = "round"  # attribute of the study
 
@@ -224,7 +224,7 @@ class _Seeded:
 def _rungs(space: Space) -> list[int]:
     """Epochs after which members are compared; none at the end of the longest training."""
     longest = space.most_epochs()
-    rungs = [max(1, longest // FIRST_RUNG)]
+    rungs = [max(2, longest // FIRST_RUNG)]
     while rungs[-1] * REDUCTION < longest:
         rungs.append(rungs[-1] * REDUCTION)
     return rungs
