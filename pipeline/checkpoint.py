@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 from pipeline.errors import RunError
-from pipeline.metrics import RANKED_BY, Task
+from pipeline.metrics import SCORES, Task
 from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
@@ -246,7 +246,7 @@ def position_of(member: str) -> int:
 
 def score_of(row: Mapping[str, str]) -> float | None:
     """The validation score that ranks, in a line of summary.csv; None if nothing was validated."""
-    values = [row.get(f"val_{name}") for name in RANKED_BY.values()]
+    values = [row.get(f"val_{ranking}") for ranking, *_ in SCORES.values()]
     return next((float(value) for value in values if value), None)
 
 

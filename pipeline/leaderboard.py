@@ -21,7 +21,7 @@ from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError
 from pipeline.metrics import Task
 
-SCORES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "r2": "R²", "mae": "mean absolute error"}
+TITLES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "r2": "R²", "mae": "mean absolute error"}
 FEW_VALUES = 6  # of a setting: so many have means, even if each was scored once
 PERCENT = "\N{NO-BREAK SPACE}%"
 
@@ -200,7 +200,7 @@ def board(number: int, group: list[Trained], loaded: Sequence[Loaded]) -> dict[s
     counted = [trained for trained in group if trained.score is not None and not trained.stopped]
     return {
         "id": f"b{number}",
-        "score_name": SCORES[task.metric],
+        "score_name": TITLES[task.metric],
         "percent": task.kind != "regression",
         "title": _title(task, group, loaded),
         "sentence": _sentence(group, differing, loaded),
@@ -256,7 +256,7 @@ def _sentence(group: list[Trained], differing: Sequence[str], loaded: Sequence[L
     text = f"{best.id} is best on validation"
     if told:
         text += f" ({', '.join(told)})"
-    name = SCORES[best.task.metric]
+    name = TITLES[best.task.metric]
     text += f": {name} {score_text(best.task.kind, best.score)}, loss {best.loss:.3f}."
     reader = loaded[best.run].reader
     if len(group) == 1 or best.task.kind != "class" or reader is None or best.score in (0, 1):

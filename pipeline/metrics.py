@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-RANKED_BY = {"class": "top1", "multilabel": "map", "regression": "r2"}
-COLUMNS = {"class": ("top1", "top5"), "multilabel": ("map",), "regression": ("r2", "mae")}
+# kind → its scores; the first one ranks, higher is better
+SCORES = {"class": ("top1", "top5"), "multilabel": ("map",), "regression": ("r2", "mae")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Task:
     @property
     def metric(self) -> str:
         """The score that ranks, higher is better."""
-        return RANKED_BY[self.kind]
+        return SCORES[self.kind][0]
 
     def known(self, labels: Tensor) -> Tensor:
         """Which rows have a label, (B,) bool."""

@@ -24,7 +24,7 @@ from pipeline.config import Member, TrainConfig
 from pipeline.device import pick_device
 from pipeline.errors import PipelineError, RunError
 from pipeline.leaderboard import (
-    SCORES,
+    TITLES,
     Loaded,
     Trained,
     board,
@@ -34,7 +34,7 @@ from pipeline.leaderboard import (
     score_text,
     spaced,
 )
-from pipeline.metrics import COLUMNS
+from pipeline.metrics import SCORES
 from pipeline.mistakes import add_thumbnails, examine
 
 PAGES = Path(__file__).parent / "pages"
@@ -264,9 +264,9 @@ def _separately(one: Loaded) -> str:
 
 
 def _evaluation(one: Loaded, line: Mapping[str, Any]) -> dict[str, str]:
-    kinds = {name: kind for kind, names in COLUMNS.items() for name in names}
+    kinds = {name: kind for kind, names in SCORES.items() for name in names}
     told = [
-        f"{SCORES[name]} {score_text(kind, line[name])}"
+        f"{TITLES[name]} {score_text(kind, line[name])}"
         for name, kind in kinds.items()
         if isinstance(line.get(name), int | float)
     ]

@@ -30,7 +30,7 @@ from pipeline.config import Member, TrainConfig
 from pipeline.device import name_of, pick_device, pick_precision, precision_name
 from pipeline.errors import RunError
 from pipeline.members import Stack, make_stacks, method_settings, score
-from pipeline.metrics import COLUMNS, RANKED_BY, Scores, Task
+from pipeline.metrics import SCORES, Scores, Task
 from pipeline.optim import learning_rate
 from pipeline.side import Settings
 from pipeline.tensorboard import Events
@@ -526,7 +526,7 @@ def _shared_card(reader: Reader) -> dict[str, Any]:
 def _columns(task: Task, scores: Scores | None) -> dict[str, float | None]:
     """Validation scores as metrics.jsonl and summary.csv name them."""
     values = {} if scores is None else {**scores.values, "loss": scores.loss}
-    return {f"val_{name}": values.get(name) for name in (*COLUMNS[task.kind], "loss")}
+    return {f"val_{name}": values.get(name) for name in (*SCORES[task.kind], "loss")}
 
 
 def _all_settings(member: Member, settings: Settings) -> dict[str, Any]:
@@ -550,16 +550,15 @@ def _row(result: MemberResult) -> dict[str, Any]:
 def _finished(run: Run, config: TrainConfig, tasks: Mapping[str, Task]) -> TrainResult:
     members = []
     for row, member in zip(run.summary(), config.members, strict=True):
-        kind = tasks[member.task].kind
-        names = [f"val_{name}" for name in (*COLUMNS[kind], "loss")]
+        task = tasks[member.task]
         members.append(
             MemberResult(
                 id=row["id"],
                 method=row["method"],
                 settings=_all_settings(member, method_settings(member)),
                 parameters=int(row["parameters"]),
-                metric=f"val_{RANKED_BY[kind]}",
-                scores={name: float(row[name]) if row[name] else None for name in names},
+                metric=f"val_{task.metric}",
+                scores={n: float(row[n]) if row[n] else None for n in _columns(task, None)},
                 stopped=row["stopped"] or None,
             )
         )
