@@ -225,6 +225,7 @@ def main() -> None:
       sidecache extract photos/ --model vit_base_patch16_224 --out photos.zarr
       sidecache train photos.zarr --method last --out runs/last
       sidecache evaluate runs/last
+      sidecache report runs/last
       sidecache predict runs/last new_photos/
     """
 
@@ -502,7 +503,7 @@ def copy(as_json: bool, **values: Any) -> None:
 @click.option("--lr", type=CommaList(float), help="Learning rate.")
 @click.option("--weight-decay", type=CommaList(float), help="Not on biases and norms.")
 @click.option("--epochs", type=CommaList(int), help="With the warm-up.")
-@click.option("--warmup-epochs", type=CommaList(int))
+@click.option("--warmup-epochs", type=CommaList(int), help="The first of the epochs.")
 @click.option("--warmup-lr", type=CommaList(float), help="Where the warm-up begins.")
 @click.option("--sched", type=CommaList(str), help="cosine or constant.")
 @click.option("--drop-path", type=CommaList(float), help="Of each residual branch and image.")
