@@ -235,7 +235,10 @@ def _costs(loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
         "cache_bytes": ("cache", _size),
         "seconds": ("training, all members", _duration),
         "seconds_per_member": ("training, a member", _duration),
-        "images_per_second": ("images a second, each for all members", lambda value: f"{value:,.0f}"),
+        "images_per_second": (
+            "images a second, each for all members",
+            lambda value: f"{value:,.0f}",
+        ),
         "bytes_read": ("read from the cache", _size),
     }
     lines = []
