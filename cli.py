@@ -617,7 +617,7 @@ def _refit(progress: Progress, out: str, seeds: list[int], overwrite: bool) -> d
         lambda record: _show_pass(progress, record, "refitting"),
         overwrite=overwrite,
     )
-    open_settings = _varying([_settings_of(member) for member in run.config().members])
+    open_settings = _varying([member.all_settings for member in run.config().members])
     return {
         "run": result.run,
         "seeds": list(seeds),
@@ -626,8 +626,10 @@ def _refit(progress: Progress, out: str, seeds: list[int], overwrite: bool) -> d
             {
                 "task": winner.task,
                 "method": winner.member.method,
-                "settings": _settings_of(winner.member),
-                "chosen": [n for n in open_settings if n in _settings_of(winner.member)],
+                "settings": {k: v for k, v in winner.member.all_settings.items() if k != "seed"},
+                "chosen": [
+                    n for n in open_settings if n != "seed" and n in winner.member.all_settings
+                ],
                 "val": winner.score,
                 "val_deviation": winner.deviation,
                 "val_seeds": list(winner.seeds),
@@ -635,12 +637,6 @@ def _refit(progress: Progress, out: str, seeds: list[int], overwrite: bool) -> d
             for winner in winning
         ],
     }
-
-
-def _settings_of(member: Any) -> dict[str, Any]:
-    """All but the seed, which a refit sets anew."""
-    learning = {k: v for k, v in vars(member).items() if k not in ("method", "settings", "seed")}
-    return {**member.settings, **learning}
 
 
 def _print_refit(refitted: dict[str, Any]) -> None:
@@ -707,7 +703,7 @@ def _print_table(members: list[Any]) -> None:
         shown = _varying([member.settings for member in members])
     metric = members[0].metric
     header = ["id", "method", *shown, "parameters", _titled(metric), "val loss", ""]
-    ranked = sorted(members, key=_rank)
+    ranked = sorted(members, key=lambda member: member.rank)
     rows = [
         [
             m.id,
@@ -721,12 +717,6 @@ def _print_table(members: list[Any]) -> None:
         for m in ranked
     ]
     _echo_columns(header, rows)
-
-
-def _rank(member: Any) -> tuple[bool, bool, float, float]:
-    """Best first; unscored ones later, stopped ones last."""
-    unscored = member.score is None
-    return (bool(member.stopped), unscored, -(member.score or 0), member.scores["val_loss"] or 0)
 
 
 def _varying(settings: list[dict[str, Any]]) -> list[str]:
@@ -950,8 +940,7 @@ def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:
         _print_json(dataclasses.asdict(written))
         return
     of = "" if written.runs == 1 else f" of {written.runs} runs"
-    members = "1 member" if written.members == 1 else f"{written.members} members"
-    click.echo(f"{written.out}: {members}{of}")
+    click.echo(f"{written.out}: {_counted(written.members, 'member')}{of}")
 
 
 @main.command()

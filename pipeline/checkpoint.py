@@ -33,11 +33,12 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 from pipeline.errors import RunError
-from pipeline.metrics import SCORES, Task
+from pipeline.metrics import SCORES, Task, rank
 from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINT, SUMMARY, MEMBERS, COST = "checkpoint.pt", "summary.csv", "members", "cost.json"
+EVALUATIONS = "evaluations.jsonl"
 CARD_VERSION = 3  # of adapter_config.json; 1 knew plain ViTs only, 2 one class target
 _NORM_WEIGHT, _NORM_BIAS = "final_norm.weight", "final_norm.bias"
 
@@ -109,8 +110,16 @@ class Run:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def metrics(self) -> list[dict[str, Any]]:
-        path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return _read_lines(self.path / METRICS)
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, machine and the cache's fingerprint, as `begin` noted them."""
+        return json.loads((self.path / ENVIRONMENT).read_text())
+
+    def cost(self) -> dict[str, Any]:
+        """What cost.json says; {} before the run is finished."""
+        path = self.path / COST
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def finish(self, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> None:
         """Write cost.json, then summary.csv, which makes the run finished; drop the checkpoint."""
@@ -173,23 +182,34 @@ class Run:
                 f"{task or 'none'}. Scores of different tasks are not compared: name a task, or a "
                 "member."
             )
-        return min((row for row in rows if task in (None, row["task"])), key=_rank)["id"]
 
-    def load_member(self, member_id: str, device: torch.device) -> TrainedMember:
-        """A member of a finished run. RunError if unknown."""
+        def key(row: Mapping[str, str]) -> tuple[bool, float, float]:
+            return rank(score_of(row), loss_of(row), stopped=bool(row["stopped"]))
+
+        return min((row for row in rows if task in (None, row["task"])), key=key)["id"]
+
+    def card(self, member_id: str) -> dict[str, Any]:
+        """A member's adapter_config.json. RunError if unknown, or of another version."""
         folder = self.path / MEMBERS / member_id
         if not (folder / "adapter_config.json").exists():
             known = [row["id"] for row in self.summary()]
+            if member_id in known:
+                raise RunError(f"{folder}: not there, but {SUMMARY} lists it; the run is damaged")
             raise RunError(
                 f"{self.path}: no member {member_id!r}; it has {', '.join(known) or 'none'}"
             )
         card = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
         if card["format_version"] != CARD_VERSION:
             raise RunError(
                 f"{folder}: adapter_config.json has version {card['format_version']}, this program "
                 f"reads {CARD_VERSION}: train again"
             )
+        return card
+
+    def load_member(self, member_id: str, device: torch.device) -> TrainedMember:
+        """A member of a finished run. Raises as `card` does."""
+        card, folder = self.card(member_id), self.path / MEMBERS / member_id
+        tensors = load_file(folder / "adapter_model.safetensors")
         features = card["features"]
         spec = FeatureSpec(
             **features | {"taps": {k: TokenShape(**v) for k, v in features["taps"].items()}},
@@ -208,8 +228,12 @@ class Run:
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Append to evaluations.jsonl what `evaluate` measured."""
-        with (self.path / "evaluations.jsonl").open("a") as file:
+        with (self.path / EVALUATIONS).open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What `evaluate` measured so far."""
+        return _read_lines(self.path / EVALUATIONS)
 
     def _refuse_another(self, config: TrainConfig, fingerprint: str) -> None:
         mine, theirs = config.progress_key(), self.config().progress_key()
@@ -218,7 +242,7 @@ class Run:
             for name in mine
             if mine[name] != theirs.get(name)
         ]
-        before = json.loads((self.path / ENVIRONMENT).read_text())["fingerprint"]
+        before = self.environment()["fingerprint"]
         if before != fingerprint:
             differing.append(f"cache fingerprint: {before[:12]} there, {fingerprint[:12]} given")
         if differing:
@@ -229,9 +253,18 @@ class Run:
             )
 
     def _write(self, name: str, text: str) -> None:
-        partial = self.path / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+        replace_text(self.path / name, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that nobody ever sees half of it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def member_id(position: int) -> str:
@@ -245,16 +278,18 @@ def position_of(member: str) -> int:
 
 
 def score_of(row: Mapping[str, str]) -> float | None:
-    """The validation score that ranks, in a line of summary.csv; None if nothing was validated."""
+    """The validation score that ranks, in a line of summary.csv; None if there is no finite one."""
     values = [row.get(f"val_{ranking}") for ranking, *_ in SCORES.values()]
-    return next((float(value) for value in values if value), None)
+    return _finite(next((value for value in values if value), ""))
 
 
-def _rank(row: Mapping[str, str]) -> tuple[bool, float, float]:
-    stopped, score = bool(row["stopped"]), score_of(row)
-    if score is None or not math.isfinite(score):
-        return (stopped, math.inf, 0.0)
-    return (stopped, -score, float(row["val_loss"]))
+def loss_of(row: Mapping[str, str]) -> float | None:
+    """The validation loss in a line of summary.csv; None if there is no finite one."""
+    return _finite(row["val_loss"])
+
+
+def _finite(text: str) -> float | None:
+    return number if text and math.isfinite(number := float(text)) else None
 
 
 def environment() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -20,7 +20,8 @@ from pipeline.errors import SettingError
 GATHERS = ("none", "sum", "normsum")  # normsum: each map normalised before it is added
 
 
-def _require(config: object, condition: bool, name: str, expected: str) -> None:
+def require(config: object, condition: bool, name: str, expected: str) -> None:
+    """Refuse a field of `config` with SettingError, saying what was `expected`."""
     if not condition:
         raise SettingError(f"{name} = {getattr(config, name)!r}: expected {expected}")
 
@@ -65,30 +66,30 @@ class ExtractConfig:
     PREPROCESSING = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
     def __post_init__(self) -> None:
-        _require(self, self.batch_size >= 1, "batch_size", "1 or more")
-        _require(self, self.workers >= 0, "workers", "0 or more")
-        _require(self, self.on_error in ("raise", "skip"), "on_error", "raise or skip")
-        _require(
+        require(self, self.batch_size >= 1, "batch_size", "1 or more")
+        require(self, self.workers >= 0, "workers", "0 or more")
+        require(self, self.on_error in ("raise", "skip"), "on_error", "raise or skip")
+        require(
             self,
             self.img_size is None or all(side >= 1 for side in self.img_size),
             "img_size",
             "one or two positive whole numbers",
         )
-        _require(
+        require(
             self, self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0, at most 1"
         )
         modes = (None, "center", "squash", "border")
-        _require(self, self.crop_mode in modes, "crop_mode", "center, squash or border")
+        require(self, self.crop_mode in modes, "crop_mode", "center, squash or border")
         _check_gather(self)
-        _require(self, self.ladder_init in self.LADDER_INITS, "ladder_init", "magnitude or fisher")
-        _require(
+        require(self, self.ladder_init in self.LADDER_INITS, "ladder_init", "magnitude or fisher")
+        require(
             self,
             self.ladder_init is None or self.gather == "none",
             "ladder_init",
             "none with --gather: LST reads taps, not sums",
         )
-        _require(self, self.reduction >= 1, "reduction", "1 or more")
-        _require(self, self.fisher_samples >= 1, "fisher_samples", "1 or more")
+        require(self, self.reduction >= 1, "reduction", "1 or more")
+        require(self, self.fisher_samples >= 1, "fisher_samples", "1 or more")
 
     def preprocessing(self) -> dict[str, Any]:
         """The preprocessing fields that were asked for, None where the backbone decides."""
@@ -113,19 +114,17 @@ class CopyConfig:
 
     def __post_init__(self) -> None:
         same = Path(self.src).absolute() == Path(self.dst).absolute()
-        _require(self, not same, "dst", "a new location; src is the same place")
+        require(self, not same, "dst", "a new location; src is the same place")
         _check_gather(self)
 
 
 def _check_gather(config: ExtractConfig | CopyConfig) -> None:
     gathers = config.gather != "none"
-    _require(config, config.gather in GATHERS, "gather", ", ".join(GATHERS))
-    _require(config, gathers or config.gather_k is None, "gather_k", "none without --gather")
-    _require(config, gathers or config.gather_groups == 1, "gather_groups", "1 without --gather")
-    _require(config, gathers or not config.gather_pooled, "gather_pooled", "False without --gather")
-    _require(
-        config, not gathers or config.taps == "all", "taps", "all with --gather (see gather_k)"
-    )
+    require(config, config.gather in GATHERS, "gather", ", ".join(GATHERS))
+    require(config, gathers or config.gather_k is None, "gather_k", "none without --gather")
+    require(config, gathers or config.gather_groups == 1, "gather_groups", "1 without --gather")
+    require(config, gathers or not config.gather_pooled, "gather_pooled", "False without --gather")
+    require(config, not gathers or config.taps == "all", "taps", "all with --gather (see gather_k)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,32 +151,38 @@ class Member:
     SCHEDULES = ("cosine", "constant")
 
     def __post_init__(self) -> None:
-        _require(self, self.lr > 0, "lr", "above 0")
-        _require(self, self.weight_decay >= 0, "weight_decay", "0 or more")
-        _require(self, self.epochs >= 1, "epochs", "1 or more")
-        _require(
+        require(self, self.lr > 0, "lr", "above 0")
+        require(self, self.weight_decay >= 0, "weight_decay", "0 or more")
+        require(self, self.epochs >= 1, "epochs", "1 or more")
+        require(
             self,
             0 <= self.warmup_epochs < self.epochs or self.warmup_epochs == 0,
             "warmup_epochs",
             f"0 or more, fewer than the {self.epochs} epochs that include them",
         )
-        _require(self, self.sched in self.SCHEDULES, "sched", " or ".join(self.SCHEDULES))
-        _require(self, 0 <= self.drop_path < 1, "drop_path", "from 0 to below 1")
-        _require(self, 0 <= self.smoothing < 1, "smoothing", "from 0 to below 1")
-        _require(self, self.seed >= 0, "seed", "0 or more")
+        require(self, self.sched in self.SCHEDULES, "sched", " or ".join(self.SCHEDULES))
+        require(self, 0 <= self.drop_path < 1, "drop_path", "from 0 to below 1")
+        require(self, 0 <= self.smoothing < 1, "smoothing", "from 0 to below 1")
+        require(self, self.seed >= 0, "seed", "0 or more")
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """Those of its shape and of its learning in one flat dict, the method left out."""
+        learning = {k: v for k, v in vars(self).items() if k not in ("method", "settings")}
+        return {**self.settings, **learning}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Stage two: the members of one pass, and what belongs to the pass itself.
+class PassConfig:
+    """What the members of a training pass share.
 
     `batch_size` and `order_seed` are the pass's: all members see the same batches, which is what
-    lets them share the reads. `val_split` may be empty: then nothing is validated.
+    lets them share the reads. `val_split` may be empty: then nothing is validated. What is in FREE
+    does not decide the result.
     """
 
     cache: str
     out: str
-    members: tuple[Member, ...]
     taps: str = "all"
     train_split: tuple[str, ...] = ("train",)
     val_split: tuple[str, ...] = ("val",)
@@ -189,15 +194,26 @@ class TrainConfig:
     overwrite: bool = False
 
     RESIDENTS = ("auto", "device", "ram", "disk")
+    FREE: ClassVar[tuple[str, ...]] = ("cache", "out", "resident", "device", "overwrite")
 
     def __post_init__(self) -> None:
-        _require(self, len(self.members) >= 1, "members", "one or more")
-        _require(self, self.batch_size >= 1, "batch_size", "1 or more")
-        _require(self, self.order_seed >= 0, "order_seed", "0 or more")
-        _require(self, self.resident in self.RESIDENTS, "resident", ", ".join(self.RESIDENTS))
-        _require(self, len(self.train_split) >= 1, "train_split", "one split or more")
+        require(self, self.batch_size >= 1, "batch_size", "1 or more")
+        require(self, self.order_seed >= 0, "order_seed", "0 or more")
+        require(self, self.resident in self.RESIDENTS, "resident", ", ".join(self.RESIDENTS))
+        require(self, len(self.train_split) >= 1, "train_split", "one split or more")
         both = set(self.train_split) & set(self.val_split)
-        _require(self, not both, "val_split", "splits that are not trained on as well")
+        require(self, not both, "val_split", "splits that are not trained on as well")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(PassConfig):
+    """Stage two: the members of one pass, and what belongs to the pass itself."""
+
+    members: tuple[Member, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, len(self.members) >= 1, "members", "one or more")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default written out; what config.yaml holds."""
@@ -212,8 +228,7 @@ class TrainConfig:
 
     def progress_key(self) -> dict[str, Any]:
         """What decides the result: a resumed run must agree in this."""
-        free = {"resident", "device", "overwrite", "out", "cache"}
-        return {k: v for k, v in self.to_dict().items() if k not in free}
+        return {k: v for k, v in self.to_dict().items() if k not in self.FREE}
 
 
 def cross(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ file makes is a list of command lines, the same that everyone types, and nothing
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +59,13 @@ def results(out: Path) -> list[Result]:
         for method in METHODS:
             run = out / f"{task}-{method}"
             row = Run(run).summary()[0]
-            last = (run / "evaluations.jsonl").read_text().splitlines()[-1]
             table.append(
                 Result(
                     task=task,
                     method=method,
                     parameters=int(row["parameters"]),
                     val_top1=float(row["val_top1"]),
-                    test_top1=float(json.loads(last)["top1"]),
+                    test_top1=float(Run(run).evaluations()[-1]["top1"]),
                 )
             )
     return table

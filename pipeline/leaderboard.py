@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from cache import CacheError, Reader
-from pipeline.checkpoint import CARD_VERSION, COST, ENVIRONMENT, MEMBERS, SUMMARY, Run, score_of
+from pipeline.checkpoint import Run, loss_of, score_of
 from pipeline.config import Member, TrainConfig
-from pipeline.errors import RunError
-from pipeline.metrics import Task
+from pipeline.metrics import Task, rank
 
 TITLES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "r2": "R²", "mae": "mean absolute error"}
 FEW_VALUES = 6  # of a setting: so many have means, even if each was scored once
@@ -45,10 +44,8 @@ class Trained:
 
     @property
     def rank(self) -> tuple[bool, float, float]:
-        """Best first: by score, then by loss; unscored ones later, stopped ones last. As
-        `Run.best_member` does."""
-        score = math.inf if self.score is None else -self.score
-        return bool(self.stopped), score, math.inf if self.loss is None else self.loss
+        """Sorts members of one task, best first. As `Run.best_member` does."""
+        return rank(self.score, self.loss, stopped=bool(self.stopped))
 
 
 @dataclass(kw_only=True)
@@ -68,7 +65,7 @@ class Loaded:
 
 def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loaded:
     run = Run(path)
-    summary, config, environment = run.summary(), run.config(), _read_json(path / ENVIRONMENT)
+    summary, config, environment = run.summary(), run.config(), run.environment()
     reader: Reader | None = None
     try:
         reader = opened.enter_context(Reader(config.cache))
@@ -85,13 +82,13 @@ def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loa
         name=path.resolve().name,
         config=config,
         environment=environment,
-        cost=_read_json(path / COST),
-        evaluations=_read_lines(path / "evaluations.jsonl"),
+        cost=run.cost(),
+        evaluations=run.evaluations(),
         reader=reader,
     )
     curves = _curves(run.metrics())
     for row, member in zip(summary, config.members, strict=True):
-        task = Task.from_dict(card_of(run, row["id"])["target"])
+        task = Task.from_dict(run.card(row["id"])["target"])
         loaded.members.append(
             Trained(
                 place=f"r{number}-{row['id']}",
@@ -102,8 +99,8 @@ def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loa
                 task=task,
                 settings=_settings(config, member),
                 parameters=int(row["parameters"]),
-                score=_finite(score_of(row)),
-                loss=_finite(float(row["val_loss"]) if row["val_loss"] else None),
+                score=score_of(row),
+                loss=loss_of(row),
                 stopped=row["stopped"],
                 curves={
                     "score": _rounded(curves.get((row["id"], f"val_{task.metric}"), {})),
@@ -117,7 +114,7 @@ def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loa
 
 def _settings(config: TrainConfig, member: Member) -> dict[str, Any]:
     """All that decides a member's result, flat; a setting that does not apply is not there."""
-    learning = {k: v for k, v in vars(member).items() if k not in ("method", "settings", "task")}
+    own = {name: value for name, value in member.all_settings.items() if name != "task"}
     of_the_pass = {
         "batch_size": config.batch_size,
         "order_seed": config.order_seed,
@@ -125,7 +122,7 @@ def _settings(config: TrainConfig, member: Member) -> dict[str, Any]:
         "train_split": "+".join(config.train_split),
         "cache": Path(config.cache).name,
     }
-    return {"method": member.method, **member.settings, **learning, **of_the_pass}
+    return {"method": member.method, **own, **of_the_pass}
 
 
 def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, float]]:
@@ -142,32 +139,6 @@ def _rounded(curve: Mapping[int, float]) -> list[float | None]:
     """Values of epochs 1, 2, …; five digits are more than a plot can show."""
     found = (curve.get(epoch) for epoch in range(1, max(curve, default=0) + 1))
     return [None if value is None else float(f"{value:.5g}") for value in found]
-
-
-def card_of(run: Run, member: str) -> dict[str, Any]:
-    """A member's adapter_config.json. RunError if it is missing or of another version."""
-    card = _read_json(path := run.path / MEMBERS / member / "adapter_config.json")
-    if not card:
-        raise RunError(f"{path}: not there, but {SUMMARY} lists {member}; the run is damaged")
-    if card["format_version"] != CARD_VERSION:
-        raise RunError(
-            f"{path}: version {card['format_version']}, this program reads {CARD_VERSION}: "
-            "train again"
-        )
-    return card
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 # --- comparing --------------------------------------------------------------------------------

@@ -111,7 +111,10 @@ class Stack:
         return ((draws >= rate).float() / (1 - rate)).to(labels.device)
 
     def without(self, positions: set[int]) -> Stack | None:
-        """The same stack less the members at `positions`; None if none is left."""
+        """The stack less the members at `positions`: itself if there are none of them, None if none
+        is left."""
+        if not positions:
+            return self
         left = [place for place, at in enumerate(self.positions) if at not in positions]
         if not left:
             return None

@@ -11,6 +11,7 @@ Rows without a label count nowhere. Scores are fractions, not percent; `mae` has
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,16 @@ from torch.nn import functional
 
 # kind → its scores; the first one ranks, higher is better
 SCORES = {"class": ("top1", "top5"), "multilabel": ("map",), "regression": ("r2", "mae")}
+
+
+def rank(score: float | None, loss: float | None, *, stopped: bool) -> tuple[bool, float, float]:
+    """Sorts the members of one task, best first: by score, then by loss; those without a finite
+    score later, those that were stopped early last."""
+
+    def finite(value: float | None, otherwise: float) -> float:
+        return value if value is not None and math.isfinite(value) else otherwise
+
+    return stopped, -finite(score, -math.inf), finite(loss, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)

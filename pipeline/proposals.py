@@ -8,7 +8,6 @@ its log stay silent.
 
 from __future__ import annotations
 
-import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.config import Member
+from pipeline.metrics import rank
 from pipeline.space import Space
 
 SAMPLERS = ("tpe", "random", "grid")
@@ -51,10 +51,8 @@ class TrialDone:
 
     @property
     def rank(self) -> tuple[Any, ...]:
-        """As `Run.best_member` ranks: best score first, then lowest loss; without a score last."""
-        score = -math.inf if self.score is None else self.score
-        loss = math.inf if self.loss is None else self.loss
-        return (-score, loss, self.number)
+        """As `Run.best_member` ranks, the earlier proposal first among equals."""
+        return (*rank(self.score, self.loss, stopped=self.state != "done"), self.number)
 
 
 @contextmanager

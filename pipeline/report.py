@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 
 from cache import CacheError
-from pipeline.checkpoint import SUMMARY
+from pipeline.checkpoint import SUMMARY, member_id, replace_text
 from pipeline.config import Member, TrainConfig
 from pipeline.device import pick_device
 from pipeline.errors import PipelineError, RunError
@@ -28,7 +28,6 @@ from pipeline.leaderboard import (
     Loaded,
     Trained,
     board,
-    card_of,
     comparable,
     load,
     score_text,
@@ -93,9 +92,7 @@ def report(
     target = Path(out or default)
     page = _render(loaded, boards, details, left_out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
+    replace_text(target, page)
     return Written(
         out=str(target),
         runs=len(loaded),
@@ -109,11 +106,10 @@ def command_of(config: TrainConfig, member: Member) -> list[str]:
 
     Every setting is written out, so that later defaults change nothing.
     """
-    learning = {k: v for k, v in vars(member).items() if k not in ("method", "settings")}
     of_the_pass = {name: getattr(config, name) for name in OF_THE_PASS}
-    out = f"{config.out.rstrip('/')}-m{config.members.index(member)}"
+    out = f"{config.out.rstrip('/')}-{member_id(config.members.index(member))}"
     line = ["train", config.cache, "--method", member.method]
-    for name, value in {**member.settings, **learning, **of_the_pass, "out": out}.items():
+    for name, value in {**member.all_settings, **of_the_pass, "out": out}.items():
         if isinstance(value, tuple):
             value = ",".join(value) or "none"
         if value is not None and value != "":
@@ -211,7 +207,7 @@ def _render(
 
 def _facts(one: Loaded) -> dict[str, Any]:
     """What was trained on what."""
-    card = card_of(one.run, one.members[0].id)
+    card = one.run.card(one.members[0].id)
     finished = datetime.fromtimestamp((one.run.path / SUMMARY).stat().st_mtime).astimezone()
     facts = {"cache": Path(one.config.cache).name, "backbone": card["backbone"]["name"], "rows": ""}
     if one.reader is not None:

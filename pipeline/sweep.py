@@ -15,12 +15,11 @@ Validation ranks; nothing here can read another split.
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,17 @@ from pipeline.batches import feature_spec, initial_weights, labelled_rows
 from pipeline.checkpoint import (
     CHECKPOINT,
     CONFIG,
-    COST,
     ENVIRONMENT,
     MEMBERS,
     SUMMARY,
     Run,
+    loss_of,
     member_id,
     position_of,
+    replace_text,
     score_of,
 )
-from pipeline.config import Member, TrainConfig
+from pipeline.config import Member, PassConfig, TrainConfig, require
 from pipeline.device import pick_device
 from pipeline.errors import MissingTaps, RunError, SettingError
 from pipeline.members import make_stacks
@@ -55,7 +55,7 @@ SWEEP, STUDY, ROUND = "sweep.yaml", "study.db", "round"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(PassConfig):
     """What to search, how, and the pass that all rounds share (as in TrainConfig).
 
     `space` is a YAML file (see `pipeline.space`). `trials` counts proposals, those that cannot be
@@ -63,47 +63,34 @@ class SweepConfig:
     decides the proposals. With `halving`, members that lag behind at a rung are stopped there.
     """
 
-    cache: str
     space: str
-    out: str
     trials: int | None = None
     sampler: str = "tpe"
     sampler_seed: int = 0
     at_once: int = 16
     halving: bool = False
-    taps: str = "all"
-    train_split: tuple[str, ...] = ("train",)
-    val_split: tuple[str, ...] = ("val",)
-    batch_size: int = 32
-    order_seed: int = 0
-    resident: str = "auto"
-    device: str = "auto"
-    amp: bool | None = None
-    overwrite: bool = False
 
-    FREE = ("cache", "space", "out", "trials", "at_once", "resident", "device", "overwrite")
+    FREE = (*PassConfig.FREE, "space", "trials", "at_once")
 
     def __post_init__(self) -> None:
-        def require(condition: bool, name: str, expected: str) -> None:
-            if not condition:
-                raise SettingError(f"{name} = {getattr(self, name)!r}: expected {expected}")
-
-        require(self.sampler in SAMPLERS, "sampler", ", ".join(SAMPLERS))
+        super().__post_init__()
+        require(self, self.sampler in SAMPLERS, "sampler", ", ".join(SAMPLERS))
         require(
+            self,
             self.trials is not None or self.sampler == "grid",
             "trials",
             "a number with any sampler but grid, which ends by itself",
         )
-        require(self.trials is None or self.trials >= 1, "trials", "1 or more")
-        require(self.sampler_seed >= 0, "sampler_seed", "0 or more")
-        require(self.at_once >= 1, "at_once", "1 or more")
-        require(len(self.val_split) >= 1, "val_split", "a split: a sweep ranks by validation")
+        require(self, self.trials is None or self.trials >= 1, "trials", "1 or more")
+        require(self, self.sampler_seed >= 0, "sampler_seed", "0 or more")
+        require(self, self.at_once >= 1, "at_once", "1 or more")
+        require(self, len(self.val_split) >= 1, "val_split", "a split: a sweep ranks by validation")
 
     def pass_of(self, members: Sequence[Member], out: str | Path) -> TrainConfig:
         """The training pass of these members."""
-        shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(self)}
-        values = {name: getattr(self, name) for name in shared - {"out", "overwrite"}}
-        return TrainConfig(out=str(out), members=tuple(members), **values)
+        shared = {f.name: getattr(self, f.name) for f in fields(PassConfig)}
+        shared |= {"out": str(out), "overwrite": False}
+        return TrainConfig(members=tuple(members), **shared)
 
     def deciding(self) -> dict[str, Any]:
         """What decides the proposals and their results, beside the space and the cache."""
@@ -165,7 +152,6 @@ def sweep(config: SweepConfig, report: Report = lambda _: None) -> SweepResult:
         )
     if config.sampler == "grid":
         space.grid()  # raises if it has no end
-    config.pass_of([Member(method=space.methods[0])], config.out)  # raises SettingError
     pick_device(config.device)
     with Reader(config.cache) as reader:
         probe = _Probe(reader, tasks[0] if isinstance(tasks, tuple) else "", config.taps)
@@ -232,7 +218,7 @@ class _Sweep:
                 "number": journal["number"] + (not journal["trials"]),
                 "trials": batch,
                 "first": len(self.target.config().members) if self.target.finished else 0,
-                "cost": _read_cost(self.target),
+                "cost": self.target.cost(),
             }
         return bool(batch)
 
@@ -274,7 +260,7 @@ class _Sweep:
 
         def judge(epoch: int, scores: Mapping[str, float | None]) -> Collection[str]:
             ids = {numbers[position_of(id)]: id for id in scores}
-            known = {n: s for n, id in ids.items() if (s := _finite(scores[id])) is not None}
+            known = {n: s for n, id in ids.items() if (s := scores[id]) is not None and isfinite(s)}
             return {ids[number] for number in self.proposals.judge(epoch, known)}
 
         config = self.config.pass_of(members, self.round.path)
@@ -287,7 +273,7 @@ class _Sweep:
 
     def _tell_result(self, number: int, row: Mapping[str, str], member: str) -> None:
         """Tell what summary.csv says of a trial."""
-        score, loss = _finite(score_of(row)), _finite(float(row["val_loss"] or "nan"))
+        score, loss = score_of(row), loss_of(row)
         reason = row["stopped"] or (None if score is not None else "it has no validation score")
         pruned = row["stopped"].startswith("pruned")
         state = "pruned" if pruned else "failed" if reason else "done"
@@ -307,11 +293,10 @@ class _Sweep:
             id = self.target.best_member()
             row = next(row for row in self.target.summary() if row["id"] == id)
             member = self.target.config().members[position_of(id)]
-            learning = {k: v for k, v in vars(member).items() if k not in ("method", "settings")}
             best = {
                 "best": id,
                 "method": member.method,
-                "settings": {**member.settings, **learning},
+                "settings": member.all_settings,
                 "metric": f"val_{self.probe.task.metric}",
                 "score": score_of(row),
             }
@@ -327,7 +312,7 @@ class _Sweep:
         )
 
 
-def merge(part: Run, whole: Run, *, first: int, cost: Mapping[str, Any] | None) -> None:
+def merge(part: Run, whole: Run, *, first: int, cost: Mapping[str, Any]) -> None:
     """Put the finished run `part` into `whole` as its members `first`, `first` + 1, …
 
     Done again after a kill, it leaves the same: what `whole` holds of members from `first` on is
@@ -346,10 +331,10 @@ def merge(part: Run, whole: Run, *, first: int, cost: Mapping[str, Any] | None) 
                 shutil.copytree(part.path / folder / old, target, dirs_exist_ok=True)
     lines = [line for line in whole.metrics() if position_of(line["member"]) < first]
     whole.write_metrics([*lines, *({**m, "member": ids[m["member"]]} for m in part.metrics())])
-    _write(whole.path / ENVIRONMENT, (part.path / ENVIRONMENT).read_text(encoding="utf-8"))
+    replace_text(whole.path / ENVIRONMENT, (part.path / ENVIRONMENT).read_text(encoding="utf-8"))
     together = replace(config, out=str(whole.path), members=(*earlier, *config.members))
-    _write(whole.path / CONFIG, yaml.safe_dump(together.to_dict(), sort_keys=False))
-    spent = _read_cost(part) or {}
+    replace_text(whole.path / CONFIG, yaml.safe_dump(together.to_dict(), sort_keys=False))
+    spent = part.cost()
     lines_of_all = [*before, *({**row, "id": ids[row["id"]]} for row in rows)]
     whole.finish(lines_of_all, add_costs(cost, spent) if cost else spent)
 
@@ -381,7 +366,7 @@ def _begin(config: SweepConfig, space: Space, fingerprint: str) -> None:
         )
     path.mkdir(parents=True, exist_ok=True)
     free = {"cache": config.cache, "trials": config.trials, "at_once": config.at_once}
-    _write(file, yaml.safe_dump({**free, **asked}, sort_keys=False))
+    replace_text(file, yaml.safe_dump({**free, **asked}, sort_keys=False))
 
 
 def _refuse_another(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -404,20 +389,5 @@ def _refuse_another(path: Path, there: Mapping[str, Any], asked: Mapping[str, An
         )
 
 
-def _read_cost(run: Run) -> dict[str, Any] | None:
-    path = run.path / COST
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 def _later(member: str, places: int) -> str:
     return member_id(position_of(member) + places)
-
-
-def _finite(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -30,9 +30,8 @@ from pipeline.config import Member, TrainConfig
 from pipeline.device import name_of, pick_device, pick_precision, precision_name
 from pipeline.errors import RunError
 from pipeline.members import Stack, make_stacks, method_settings, score
-from pipeline.metrics import SCORES, Scores, Task
+from pipeline.metrics import SCORES, Scores, Task, rank
 from pipeline.optim import learning_rate
-from pipeline.side import Settings
 from pipeline.tensorboard import Events
 from pipeline.workers import Workers
 
@@ -114,6 +113,11 @@ class MemberResult:
     def score(self) -> float | None:
         """The validation score that ranks."""
         return self.scores[self.metric]
+
+    @property
+    def rank(self) -> tuple[bool, float, float]:
+        """Sorts members of one task, best first."""
+        return rank(self.score, self.scores["val_loss"], stopped=bool(self.stopped))
 
     def to_dict(self) -> dict[str, Any]:
         """As `train --json` shows it: the scores beside the rest."""
@@ -251,9 +255,8 @@ class _Pass:
         self.history = [m for m in checkpoint["history"] if m["epoch"] <= self.epochs_done]
         stacks = []
         for place, state in checkpoint["stacks"]:
-            stack = self.all_stacks[place].without(
-                set(self.all_stacks[place].positions) - set(state["positions"])
-            )
+            whole = self.all_stacks[place]
+            stack = whole.without(set(whole.positions) - set(state["positions"]))
             assert stack is not None, "a checkpoint holds no empty stack"
             stack.begin_epoch(self.epochs_done, self.steps)
             stack.restore(state)
@@ -283,7 +286,7 @@ class _Pass:
                 self.run.append_metrics(lines)
                 events.add(lines)
                 self._report_epoch(lines)
-                self._stop_members(lines)
+                self._stop_members()
                 self._retire()
 
     def _train_epoch(self, epoch: int) -> None:
@@ -361,7 +364,7 @@ class _Pass:
             )
         )
 
-    def _stop_members(self, lines: list[dict[str, Any]]) -> None:
+    def _stop_members(self) -> None:
         """Note who leaves before its last epoch: a loss that is not finite, or the judge."""
         for _, stack in self.stacks:
             for position, step in zip(stack.positions, stack.bad_step.tolist(), strict=True):
@@ -400,7 +403,7 @@ class _Pass:
                     **self.card,
                 }
                 self.run.save_member(member_id(position), stack.network, at, card)
-            rest = stack.without(ended) if ended else stack
+            rest = stack.without(ended)
             if rest is not None:
                 left.append((place, rest))
         self.stacks = left
@@ -458,7 +461,7 @@ class _Pass:
                 results[position] = MemberResult(
                     id=member_id(position),
                     method=member.method,
-                    settings=_all_settings(member, stack.settings),
+                    settings=member.all_settings,
                     parameters=stack.parameters,
                     metric=f"val_{stack.task.metric}",
                     scores=_columns(stack.task, self.scores.get(position)),
@@ -529,12 +532,6 @@ def _columns(task: Task, scores: Scores | None) -> dict[str, float | None]:
     return {f"val_{name}": values.get(name) for name in (*SCORES[task.kind], "loss")}
 
 
-def _all_settings(member: Member, settings: Settings) -> dict[str, Any]:
-    """Shape and learning settings in one flat dict, as summary.csv and `--json` show them."""
-    learning = {k: v for k, v in vars(member).items() if k not in ("method", "settings")}
-    return {**vars(settings), **learning}
-
-
 def _row(result: MemberResult) -> dict[str, Any]:
     """A line of summary.csv."""
     return {
@@ -555,7 +552,7 @@ def _finished(run: Run, config: TrainConfig, tasks: Mapping[str, Task]) -> Train
             MemberResult(
                 id=row["id"],
                 method=row["method"],
-                settings=_all_settings(member, method_settings(member)),
+                settings=member.all_settings,
                 parameters=int(row["parameters"]),
                 metric=f"val_{task.metric}",
                 scores={n: float(row[n]) if row[n] else None for n in _columns(task, None)},

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pipeline.metrics import Task, average_precision, mean_average_precision
+from pipeline.metrics import Task, average_precision, mean_average_precision, rank
+from pipeline.proposals import TrialDone
 
 CPU = torch.device("cpu")
 CLASS = Task(name="colour", kind="class", classes=("a", "b", "c", "d", "e", "f"))
@@ -98,6 +99,22 @@ def test_regression_scores_are_in_the_targets_unit() -> None:
     assert values["mae"] == pytest.approx(np.abs(known - 40).mean())
     r2 = 1 - ((known - 40) ** 2).sum() / ((known - known.mean()) ** 2).sum()
     assert values["r2"] == pytest.approx(r2)
+
+
+def test_one_ranking_for_members_and_trials() -> None:
+    """By score, then loss; without a score later; stopped early last, however good it looked."""
+    best_first = [
+        (0.9, 0.3, False), (0.9, 0.4, False), (0.8, 0.1, False), (None, None, False),
+        (float("nan"), float("nan"), False), (0.95, 0.2, True), (None, None, True),
+    ]  # fmt: skip
+    keys = [rank(score, loss, stopped=stopped) for score, loss, stopped in best_first]
+    assert keys == sorted(keys)
+
+    def trial(state: str, score: float) -> TrialDone:
+        return TrialDone(number=0, state=state, member="m0", method="last", settings={},
+                         score=score, loss=0.1, reason=None)  # fmt: skip
+
+    assert trial("done", 0.5).rank < trial("pruned", 0.9).rank
 
 
 def test_top5_with_many_classes() -> None:
