@@ -177,7 +177,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
         train(config, stop)
     with pytest.raises(RunError, match="not finished; the same `train` command continues it"):
         evaluate(tmp_path / "broken", device="cpu")
-    assert train(config).epochs_trained == 2
+    assert train(config).epochs_trained == 1  # the epoch that was told of is not lost
     assert_same(tmp_path / "whole", tmp_path / "broken")
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "broken")]
     assert metrics[0] == metrics[1]
