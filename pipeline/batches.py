@@ -154,9 +154,10 @@ class Batches:
         }
         self.bytes_read = 0
         self._resident: dict[Hashable, Operands] | None = None
+        self._blank: dict[Hashable, Operands] = {}  # of one row of zeros
         self.narrow(dict(enumerate(networks)))
         zeros = {n: buffer.tensor.zero_().to(device) for n, buffer in self._buffers(1).items()}
-        self._blank = self._make(zeros)  # the operands of one row
+        self._blank = self._make(zeros)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -164,8 +165,8 @@ class Batches:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row's operands."""
-        operands = [self._blank[key] for key in self._makers]
-        return sum(t.numel() * t.element_size() for made in operands for t in made.values())
+        tensors = [tensor for made in self._blank.values() for tensor in made.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
     def nbytes(self) -> int:
@@ -185,6 +186,7 @@ class Batches:
         self._spans = {
             stack.name: _span(stack, wanted) for stack in stacks if wanted.intersection(stack.taps)
         }
+        self._blank = {key: self._blank[key] for key in self._makers if key in self._blank}
         if self._resident is not None:
             self._resident = {key: self._resident[key] for key in self._makers}
 

@@ -243,11 +243,12 @@ def step_bytes(
     torch.cuda.reset_peak_memory_stats(batches.device)
     before = torch.cuda.memory_allocated(batches.device)
     for place, stack in enumerate(stacks):
-        stack.rehearse(batches.blank(batch_size), place)
+        stack.rehearse(batches.blank(min(batch_size, len(batches))), place)
         if len(held_out):
             with torch.no_grad():
                 stack.network.eval()
-                stack.network(held_out.blank(EVAL_BATCH).operands[place])
+                size = min(EVAL_BATCH, len(held_out))
+                stack.network(held_out.blank(size).operands[place])
     peak = torch.cuda.max_memory_allocated(batches.device) - before
     torch.cuda.empty_cache()  # what torch keeps would not count as free
     return peak + batches.row_bytes * batch_size  # the next batch is made before one is let go

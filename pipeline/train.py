@@ -247,22 +247,25 @@ def _assemble(
     what is free, unless a single member does."""
     spec, initial = feature_spec(reader, 1, config.taps), initial_weights(reader)
     at_once = len(config.members)
-    while True:
+
+    def stacked() -> _Learning | None:
         stacks = make_stacks(config.members, spec, tasks, device, initial, at_once=at_once)
         networks = [stack.network for stack in stacks]
         batches = Batches(reader, train_rows, networks, device=device, dtype=dtype)
         held_out = Batches(reader, val_rows, networks, device=device, dtype=dtype)
-        largest = max(len(stack.members) for stack in stacks)
         try:
             needed = step_bytes(stacks, batches, held_out, config.batch_size)
-            fits = not needed or needed <= STEP_SHARE * torch.cuda.mem_get_info(device)[0]
         except torch.OutOfMemoryError:
-            if largest == 1:
+            if at_once == 1:
                 raise
-            fits = False
-        if fits or largest == 1:
-            return _Learning(list(enumerate(stacks)), batches, held_out, needed)
-        at_once = largest // 2
+            return None
+        if needed and at_once > 1 and needed > STEP_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return None
+        return _Learning(list(enumerate(stacks)), batches, held_out, needed)
+
+    while (learning := stacked()) is None:  # what did not fit is gone by then
+        at_once //= 2
+    return learning
 
 
 def _resolved(member: Member, reader: Reader) -> Member:

@@ -93,6 +93,24 @@ def zarr_cache(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def tasks_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Painted images with a colour, marks that follow from it, and a number; some have none."""
+    folder = paint(tmp_path_factory.mktemp("tasks"), train=8, val=4)
+    lines = ["path,label:colour,labels:marks,value:warmth,split"]
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        colour, split = path.parent.name, path.parent.parent.name
+        marks = {"red": "warm;bright", "green": "bright", "blue": "-"}[colour]
+        warmth = {"red": "30", "green": "20", "blue": "-10"}[colour]
+        if number % 7 == 0:
+            colour = ""
+        lines.append(f"{path.relative_to(folder)},{colour},{marks},{warmth},{split}")
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    out = tmp_path_factory.mktemp("cache") / "tasks.zarr"
+    extract(extract_config(folder / "list.csv", out))
+    return out
+
+
 def train_config(cache: Path, out: Path, *members: Member, **changes: object) -> TrainConfig:
     """A short float32 pass on the CPU."""
     defaults: dict[str, object] = {"device": "cpu", "amp": False, "batch_size": 5}

@@ -18,19 +18,21 @@ that of `cuda` needs a driver.
 
 from __future__ import annotations
 
-import traceback
+import functools
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Self
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+PRODUCT = Path(__file__).parent.parent / "pipeline"
 DEVICE = torch.device("cuda:0")
 aten = torch.ops.aten
 MAY_MIX = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default}  # of two devices
@@ -76,9 +78,10 @@ class OnGPU(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        flat = tree_flatten((args, kwargs))[0]
-        gpu = next(value.gpu for value in flat if isinstance(value, OnGPU))
-        return gpu._run(func, args, kwargs, flat)
+        tensors: list[Tensor] = []
+        _each(tensors.append, (args, kwargs))
+        gpu = next(value.gpu for value in tensors if isinstance(value, OnGPU))
+        return gpu._run(func, args, kwargs, tensors)
 
 
 class PretendGPU(TorchFunctionMode):
@@ -111,6 +114,9 @@ class PretendGPU(TorchFunctionMode):
             "Event": lambda *_, **__: _Event(self),
         }.items():
             self._patches.enter_context(mock.patch.object(cuda, name, value))
+        # a wrapper of an inference tensor cannot be a view
+        self._patches.enter_context(mock.patch.object(torch, "inference_mode", torch.no_grad))
+        self._patches.enter_context(_Scalars(self))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -145,6 +151,8 @@ class PretendGPU(TorchFunctionMode):
         if func is Tensor.is_pinned:
             return self._is_pinned(args[0])
         if _is_gpu(kwargs.get("device")) and not isinstance(args[0] if args else None, OnGPU):
+            if func in (torch.tensor, torch.as_tensor):
+                self.synchronize("copy of a list")
             return OnGPU(func(*args, **{**kwargs, "device": "cpu"}), self)
         return func(*args, **kwargs)
 
@@ -154,6 +162,7 @@ class PretendGPU(TorchFunctionMode):
             args = (values, torch.device("cpu" if func is Tensor.cpu else "cuda"))
         if len(args) > 1 and isinstance(args[1], Tensor):
             args = (values, args[1].device, args[1].dtype, *args[2:])
+        kwargs.pop("copy", None)
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
         there = DEVICE if isinstance(values, OnGPU) else torch.device("cpu")
         if device is not None and _is_gpu(device) != _is_gpu(there):
@@ -175,13 +184,13 @@ class PretendGPU(TorchFunctionMode):
 
     # --- what the GPU does -------------------------------------------------------------------
 
-    def _run(self, func: Any, args: Any, kwargs: Any, flat: Sequence[Any]) -> Any:
+    def _run(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
         if func is aten.copy_.default:
             self._copy(args[0], args[1], bool(kwargs.get("non_blocking", (*args, False)[2])))
             return args[0]
-        if func is aten._to_copy.default and not _is_gpu(kwargs.get("device", DEVICE)):
+        if func is aten._to_copy.default and _is_cpu(kwargs.get("device")):
             return self._to(Tensor.to, args, {"device": "cpu"})
-        on_cpu = [v for v in flat if isinstance(v, Tensor) and not isinstance(v, OnGPU) and v.ndim]
+        on_cpu = [tensor for tensor in tensors if not isinstance(tensor, OnGPU) and tensor.ndim]
         if on_cpu and func not in MAY_MIX:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, "
@@ -192,13 +201,15 @@ class PretendGPU(TorchFunctionMode):
         )
         if func in WAITS or on_cpu or masked:
             self.synchronize(str(func))
-        device = kwargs.pop("device", DEVICE)
-        inner_args, inner_kwargs = tree_map_only(OnGPU, lambda t: t.inner, (args, kwargs))
+        device = kwargs.pop("device", None)
+        inner_args, inner_kwargs = _each(lambda t: getattr(t, "inner", t), (args, kwargs))
         out = func(*inner_args, **inner_kwargs)
-        if not _is_gpu(device) and device.type != "meta":
+        if _is_cpu(device):
             return out
-        out = tree_map_only(Tensor, lambda tensor: OnGPU(tensor, self), out)
-        return return_and_correct_aliasing(func, args, kwargs, out)
+        out = _each(lambda tensor: OnGPU(tensor, self), out)
+        if _shares(func):  # a view, or a change in place
+            return return_and_correct_aliasing(func, args, kwargs, out)
+        return out
 
     def _copy(self, to: Tensor, values: Tensor, non_blocking: bool) -> None:
         if isinstance(to, OnGPU) == isinstance(values, OnGPU):
@@ -246,6 +257,25 @@ class PretendGPU(TorchFunctionMode):
         self.used -= self._sizes.pop(address)
 
 
+class _Scalars(TorchDispatchMode):
+    """Tensors that torch makes by itself, such as `0` in a backward formula: to it, on `meta`."""
+
+    def __init__(self, gpu: PretendGPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.get("device")
+        if device is not None and device.type == "meta" and OnGPU not in types:
+            if func is aten._to_copy.default and args[0].ndim:  # as `new_tensor` does
+                self.gpu.synchronize("copy of a list")
+            return OnGPU(func(*args, **{**kwargs, "device": torch.device("cpu")}), self.gpu)
+        return func(*args, **kwargs)
+
+
 class _Event:
     """A point in the GPU's work; waiting for it is what the code should do."""
 
@@ -271,8 +301,29 @@ class _Stream:
         self.gpu.synchronize("stream")
 
 
+def _each(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """`function` of every tensor in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple | list):
+        return type(value)([_each(function, part) for part in value])
+    if isinstance(value, dict):
+        return {name: _each(function, part) for name, part in value.items()}
+    return value
+
+
+@functools.cache
+def _shares(func: Any) -> bool:
+    schema = func._schema
+    return any(each.alias_info is not None for each in (*schema.arguments, *schema.returns))
+
+
 def _is_gpu(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
+
+
+def _is_cpu(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cpu"
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -285,6 +336,10 @@ def _spoil(tensor: Tensor) -> None:
 
 def _caller() -> str:
     """The line of the product that asked."""
-    frames = [f for f in traceback.extract_stack() if "/pipeline/" in f.filename]
-    frames = [f for f in frames if "/tests/" not in f.filename]
-    return f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else "?"
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        if file.parent == PRODUCT or file.parent.parent == PRODUCT:
+            return f"{file.name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
