@@ -189,6 +189,7 @@ def train(
             "fingerprint": reader.fingerprint,
             "device": name_of(device),
             "precision": precision_name(dtype),
+            "tf32": False,  # see `without_tf32`
         }
         checkpoint = run.begin(config, facts)
         if run.finished:

@@ -1,4 +1,4 @@
-"""A GPU that is not there: tensors that say they are on `cuda:0`, compute on the CPU, and keep a
+"""A GPU that is not there: tensors that say they are on `cuda:N`, compute on the CPU, and keep a
 GPU's rules. With it a whole training or extraction runs through the code for GPUs anywhere, and
 must give what the CPU gives.
 
@@ -33,7 +33,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 PRODUCT = Path(__file__).parent.parent / "pipeline"
-DEVICE = torch.device("cuda:0")
 aten = torch.ops.aten
 MAY_MIX = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default}  # of two devices
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
@@ -45,7 +44,7 @@ class OnGPU(Tensor):
     inner: Tensor
     gpu: PretendGPU
     is_cuda, is_cpu, is_meta = True, False, False
-    device = property(lambda self: DEVICE)  # type: ignore[assignment]
+    device = property(lambda self: self.gpu.device)  # type: ignore[assignment]
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -85,10 +84,12 @@ class OnGPU(Tensor):
 
 
 class PretendGPU(TorchFunctionMode):
-    """One GPU with `memory` bytes, as a context manager. `peak` is the most of it that was used."""
+    """The last of `number` + 1 GPUs, with `memory` bytes, as a context manager; the current one is
+    the first, as in a fresh process. `peak` is the most of its memory that was used."""
 
-    def __init__(self, memory: int = 2**34) -> None:
+    def __init__(self, memory: int = 2**34, *, number: int = 0) -> None:
         super().__init__()
+        self.device = torch.device("cuda", number)
         self.memory, self.used, self.peak = memory, 0, 0
         self.blocking: list[str] = []
         self._sizes: dict[int, int] = {}  # address of an allocation → its bytes
@@ -100,7 +101,7 @@ class PretendGPU(TorchFunctionMode):
         cuda = torch.cuda
         for name, value in {
             "is_available": lambda: True,
-            "device_count": lambda: 1,
+            "device_count": lambda: self.device.index + 1,
             "current_device": lambda: 0,
             "get_device_name": lambda *_: "pretended",
             "get_device_capability": lambda *_: (9, 0),
@@ -110,7 +111,7 @@ class PretendGPU(TorchFunctionMode):
             "reset_peak_memory_stats": lambda *_: setattr(self, "peak", self.used),
             "empty_cache": lambda: None,
             "synchronize": lambda *_: self.synchronize("synchronize"),
-            "current_stream": lambda *_: _Stream(self),
+            "current_stream": lambda device="cuda:0": _Stream(self, torch.device(device)),
             "Event": lambda *_, **__: _Event(self),
         }.items():
             self._patches.enter_context(mock.patch.object(cuda, name, value))
@@ -164,9 +165,9 @@ class PretendGPU(TorchFunctionMode):
             args = (values, args[1].device, args[1].dtype, *args[2:])
         kwargs.pop("copy", None)
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
-        there = DEVICE if isinstance(values, OnGPU) else torch.device("cpu")
-        if device is not None and _is_gpu(device) != _is_gpu(there):
-            if _is_gpu(there):
+        there = isinstance(values, OnGPU)
+        if device is not None and _is_gpu(device) != there:
+            if there:
                 out = torch.empty_like(values.inner)  # type: ignore[attr-defined]
                 self._copy(out, values, non_blocking)
             else:
@@ -194,7 +195,7 @@ class PretendGPU(TorchFunctionMode):
         if on_cpu and func not in MAY_MIX:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, "
-                f"cuda:0 and cpu! ({func})"
+                f"{self.device} and cpu! ({func})"
             )
         masked = func is aten.index.Tensor and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
@@ -282,8 +283,10 @@ class _Event:
     def __init__(self, gpu: PretendGPU) -> None:
         self.gpu, self.before = gpu, 0
 
-    def record(self, stream: object = None) -> None:
-        self._mine = list(self.gpu._ending)
+    def record(self, stream: _Stream | None = None) -> None:
+        stream = stream or torch.cuda.current_stream()  # type: ignore[assignment]
+        mine = stream is not None and stream.device == self.gpu.device
+        self._mine = list(self.gpu._ending) if mine else []
 
     def synchronize(self) -> None:
         mine, gpu = self._mine, self.gpu
@@ -294,8 +297,8 @@ class _Event:
 
 
 class _Stream:
-    def __init__(self, gpu: PretendGPU) -> None:
-        self.gpu = gpu
+    def __init__(self, gpu: PretendGPU, device: torch.device) -> None:
+        self.gpu, self.device = gpu, device
 
     def synchronize(self) -> None:
         self.gpu.synchronize("stream")

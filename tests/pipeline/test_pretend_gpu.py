@@ -85,15 +85,16 @@ def test_every_method_learns_every_kind_of_target_as_on_the_cpu(
 
 @pytest.mark.parametrize("resident", ["device", "ram", "disk"])
 def test_every_residence_gives_the_same(zarr_cache: Path, tmp_path: Path, resident: str) -> None:
+    """On the second of two GPUs."""
     config = train_config(zarr_cache, tmp_path / "cpu", *several(LAST, 2), LINEAR, batch_size=2)
     train(config)
     records: list[object] = []
-    with PretendGPU():
-        changes = {"device": "cuda", "resident": resident, "out": str(tmp_path / "gpu")}
+    with PretendGPU(number=1):
+        changes = {"device": "cuda:1", "resident": resident, "out": str(tmp_path / "gpu")}
         train(dataclasses.replace(config, **changes), records.append)
         (start,) = [record for record in records if isinstance(record, Start)]
         assert (start.resident, start.device) == (resident, "pretended")
-        (ours,) = evaluate(tmp_path / "gpu", device="cuda", amp=False)
+        (ours,) = evaluate(tmp_path / "gpu", device="cuda:1", amp=False)
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
     (theirs,) = evaluate(tmp_path / "cpu", device="cpu", amp=False)
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
@@ -110,11 +111,12 @@ def test_every_residence_gives_the_same(zarr_cache: Path, tmp_path: Path, reside
     ids=["float32", "float16", "int8 sums", "stages"],
 )
 def test_extraction_gives_the_same(images: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    for device in ("cpu", "cuda"):
-        with PretendGPU():
+    """On the second of two GPUs, which no default stream is of."""
+    for device in ("cpu", "cuda:1"):
+        with PretendGPU(number=1):
             extract(extract_config(images, tmp_path / f"{device}.zarr", device=device, **changes))
         assert verify(tmp_path / f"{device}.zarr").ok
-    with Reader(tmp_path / "cuda.zarr") as ours, Reader(tmp_path / "cpu.zarr") as theirs:
+    with Reader(tmp_path / "cuda:1.zarr") as ours, Reader(tmp_path / "cpu.zarr") as theirs:
         assert ours.fingerprint == theirs.fingerprint
         for stack in ours.manifest.stacks:
             rows, storage = range(ours.manifest.rows), ours.manifest.storage
@@ -195,12 +197,21 @@ def test_validation_waits_at_its_end_alone(
 
 
 def without_number(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(stage, "pick_device", lambda _: torch.device("cuda"))
+    patch.setattr(stage, "pick_device", lambda _: torch.device("cuda"))  # not "cuda:1"
 
 
 def without_events(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(batches, "record_event", lambda _: None)
     patch.setattr(batches, "_CHUNK_BYTES", 1)  # loading, too, then uses its buffers again
+
+
+def with_events_of_another_gpu(patch: pytest.MonkeyPatch) -> None:
+    def record(_: object) -> Any:
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    patch.setattr(batches, "record_event", record)
 
 
 def with_an_index_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
@@ -216,6 +227,7 @@ def with_an_index_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
         (without_number, "device", "pin"),
         (without_events, "device", "used again before its copy ended"),
         (without_events, "disk", "used again before its copy ended"),
+        (with_events_of_another_gpu, "disk", "used again before its copy ended"),
         (with_an_index_on_the_cpu, "device", "same device"),
     ],
 )
@@ -230,9 +242,9 @@ def test_the_pretended_gpu_finds_faults(
     """What it was built for: these were, or would be, faults of this code on a real one."""
     fault(monkeypatch)
     config = train_config(
-        zarr_cache, tmp_path / "run", LINEAR, batch_size=1, device="cuda", resident=resident
+        zarr_cache, tmp_path / "run", LINEAR, batch_size=1, device="cuda:1", resident=resident
     )
-    with PretendGPU(), pytest.raises((RuntimeError, AssertionError), match=message):
+    with PretendGPU(number=1), pytest.raises((RuntimeError, AssertionError), match=message):
         train(config)
 
 
