@@ -27,7 +27,7 @@ from pipeline.batches import (
     labelled_rows,
     make_task,
 )
-from pipeline.checkpoint import CARD_VERSION, Run, environment, member_id, position_of
+from pipeline.checkpoint import CARD_VERSION, CHECKPOINT, Run, environment, member_id, position_of
 from pipeline.config import Member, TrainConfig
 from pipeline.device import (
     memory_explained,
@@ -320,10 +320,18 @@ class _Pass:
         self.scores: dict[int, Scores] = {}
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where a checkpoint was taken: within an epoch or at its end, on any device."""
-        members = checkpoint["members"]
-        epochs = checkpoint["epochs_done"]
-        history = tuple(m for m in checkpoint["history"] if m["epoch"] <= epochs)
+        """Go on where a checkpoint was taken: within an epoch or at its end, on any device.
+
+        Raises RunError for a checkpoint of an earlier version.
+        """
+        if "members" not in checkpoint:
+            raise RunError(
+                f"{self.run.path}: its {CHECKPOINT} was written by an earlier version of this "
+                f"program, which cannot be continued. Delete that file, and the same command "
+                f"trains from the first epoch."
+            )
+        members, epochs = checkpoint["members"], checkpoint["epochs_done"]
+        history = tuple(checkpoint["history"])
         self.done = _Done(epochs=epochs, history=history, stopped=checkpoint["stopped"])
         self.spent = checkpoint["cost"]
         for position, values in checkpoint["scores"].items():
