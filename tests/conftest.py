@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import live
+from pipeline import device, live
 from pipeline.backbone import Backbone
 from pipeline.config import ExtractConfig, Member, TrainConfig
 from pipeline.extract import extract
@@ -29,6 +30,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--real-data", help="folder with real image sets and weights/, for slow checks"
     )
+    parser.addoption(
+        "--bfloat16",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="what precision to choose where nothing asks for one: as on a processor with bfloat16 "
+        "hardware, or without (in this process; commands that tests start see the real processor)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    forced = config.getoption("--bfloat16")
+    if forced != "auto":
+        device._cpu_has_bfloat16 = lambda: forced == "on"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was skipped, and why: a line that stands beside the counts."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+    )
+    told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    terminalreporter.write_line(f"skipped: {told or 'nothing'}")
 
 
 @pytest.fixture

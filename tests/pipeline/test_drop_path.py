@@ -8,6 +8,8 @@ from pretend_gpu import PretendGPU
 
 from pipeline.drop_path import DropPath
 
+pytestmark = pytest.mark.numerics
+
 CPU = torch.device("cpu")
 
 

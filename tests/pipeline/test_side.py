@@ -16,6 +16,8 @@ from pipeline.side import METHODS, FeatureSpec, SideNetwork
 from pipeline.side.last import LAST, LASTSettings
 from pipeline.side.rank_space import Attention, Plan
 
+pytestmark = pytest.mark.numerics
+
 MakeSpec = Callable[..., FeatureSpec]
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("linear", {}),
