@@ -34,7 +34,7 @@ from pipeline.backbone import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
 from pipeline.device import name_of, pick_device, pick_precision, precision_name
 from pipeline.errors import ImageError, SettingError
-from pipeline.images import Labels, Source, source_digests
+from pipeline.images import Labels, Source, is_deep_grey, source_digests
 from pipeline.layout import Layout, TokenBuffer, plan_layout
 from pipeline.loader import ImageBatch, image_batches
 from pipeline.prune import ladder_tables
@@ -130,12 +130,15 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
         preprocessing=config.preprocessing(),
     )
     layout = plan_layout(config, backbone)
+    deep: set[bool] = set()
     digests = source_digests(
         source,
         on_error=config.on_error,
         report=lambda done, total: report(Hashed(done=done, total=total)),
+        see=lambda data: deep.add(is_deep_grey(data)),
     )
-    manifest = _manifest(config, source, backbone, layout, precision, digests)
+    decoding = {"grey": "by depth"} if True in deep else {}
+    manifest = _manifest(config, source, backbone, layout, precision, digests, decoding)
     tables = _tables(source, backbone, digests)
     if config.ladder_init:
         ladder = _ladder(config, manifest, source, backbone, report)
@@ -270,6 +273,7 @@ def _manifest(
     layout: Layout,
     precision: torch.dtype,
     digests: np.ndarray,
+    decoding: dict[str, str],
 ) -> Manifest:
     rows = source.rows
     identity: dict[str, Any] = {
@@ -289,6 +293,8 @@ def _manifest(
         },
         "versions": {"timm": version("timm"), "torch": torch.__version__.split("+")[0]},
     }
+    if decoding:  # only where it decides a number: other caches keep their fingerprints
+        identity["decoding"] = decoding
     if config.ladder_init:
         identity["ladder"] = {
             "init": config.ladder_init,

@@ -121,11 +121,34 @@ def test_the_identity_of_one_class_target_is_as_ever(images: Path, zarr_cache: P
     """Caches made before there were several targets are continued, not refused."""
     source = open_source(images)
     with Reader(zarr_cache) as reader:
+        names = set(reader.manifest.identity)
         identity = reader.manifest.identity["source"]
+    assert names == {
+        "backbone", "preprocessing", "taps", "gather", "tokens", "dtype", "precision", "views",
+        "source", "versions",
+    }  # fmt: skip
     assert set(identity) == {"files", "keys", "labels", "classes", "splits"}
     labels = [["blue", "green", "red"].index(row.key.split("/")[1]) for row in source.rows]
     for name, values in (("labels", labels), ("classes", ["blue", "green", "red"])):
         assert identity[name] == hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def test_deep_grey_is_part_of_the_identity(tmp_path: Path, zarr_cache: Path) -> None:
+    """Its pixels were others once: such a cache is refused, not mixed. Any other is as ever."""
+    images = paint(tmp_path / "images", train=1, val=1, test=1)
+    scan = images / "train" / "red" / "0.png"
+    pixels = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(pixels * 64).save(scan)
+    extract(extract_config(images, tmp_path / "deep.zarr"))
+    Image.fromarray((pixels * 64 * 255.0 / 65535).round().astype(np.uint8)).save(scan)
+    extract(extract_config(images, tmp_path / "flat.zarr"))
+    assert np.array_equal(arrays(tmp_path / "deep.zarr"), arrays(tmp_path / "flat.zarr"))
+    kept = [tmp_path / "deep.zarr", tmp_path / "flat.zarr", zarr_cache]
+    identities = []
+    for cache in kept:
+        with Reader(cache) as reader:
+            identities.append(reader.manifest.identity.get("decoding"))
+    assert identities == [{"grey": "by depth"}, None, None]
 
 
 def test_extraction_seconds_add_up_over_legs(
