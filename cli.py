@@ -116,6 +116,18 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def dataset_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Flags of every command that opens images: what timm asks of a dataset string."""
+    options = (
+        click.option("--data-dir", help="Where a timm dataset string finds its files."),
+        click.option("--input-key", help="Its column of images.  [default: timm's, mostly image]"),
+        click.option("--target-key", help="Its column of labels.  [default: timm's, mostly label]"),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Flags of every command that computes with torch."""
     function = click.option(
@@ -240,7 +252,8 @@ def main() -> None:
 @click.option("--weights", type=click.Path(), help="Weights from a file, not the hub.")
 @click.option("--pretrained/--no-pretrained", default=True, help="Random weights, from --seed.")
 @click.option("--split", type=Names(), help="Only these splits, e.g. train,val.")
-@click.option("--data-dir", help="Where a timm dataset string finds its files.")
+@dataset_options
+@click.option("--dataset-download", is_flag=True, help="Let torch/… fetch what is not there.")
 @click.option("--taps", default="all", show_default=True, help="all, 0,3,6, every:N or last:N.")
 @gather_options
 @click.option(
@@ -860,6 +873,7 @@ def _short(value: Any) -> str:
 @click.option("--task", help="Of a run with several.  [default: the best member of each]")
 @click.option("--cache", help="Another cache than the run's own.")
 @click.option("--split", type=Names(), default="test", show_default=True)
+@dataset_options
 @click.option("--weights", type=click.Path(), help="Backbone weights, with IMAGES.")
 @click.option("-b", "--batch-size", default=64, show_default=True, help="With IMAGES.")
 @click.option("-j", "--workers", default=2, show_default=True, help="With IMAGES.")
@@ -917,6 +931,7 @@ def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None
 )
 @click.option("--member", help="Look closely at this one.  [default: the best on validation]")
 @click.option("--images", help="The cache's images, as in `extract`: thumbnails of mistakes.")
+@dataset_options
 @compute_options
 @json_option
 def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:

@@ -28,8 +28,9 @@ def require(config: object, condition: bool, name: str, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """Stage one. `images` and `data_dir` as `open_source` takes them; None means the backbone's
-    own value. Raises SettingError when it is made with an impossible value."""
+    """Stage one. `images` and what is said of a timm dataset string (`data_dir`, `input_key`,
+    `target_key`, `dataset_download`) as `open_source` takes them; None means the backbone's own
+    value. Raises SettingError when it is made with an impossible value."""
 
     images: str
     model: str
@@ -38,6 +39,9 @@ class ExtractConfig:
     pretrained: bool = True
     split: tuple[str, ...] | None = None
     data_dir: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    dataset_download: bool = False
     taps: str = "all"
     gather: str = "none"
     gather_k: int | None = None

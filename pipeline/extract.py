@@ -120,7 +120,14 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
     """
     device = pick_device(config.device)
     precision = pick_precision(device, config.amp)
-    source = open_source(config.images, splits=config.split, data_dir=config.data_dir)
+    source = open_source(
+        config.images,
+        splits=config.split,
+        data_dir=config.data_dir,
+        input_key=config.input_key,
+        target_key=config.target_key,
+        download=config.dataset_download,
+    )
     backbone = load_backbone(
         config.model,
         device=device,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from conftest import paint
+from test_house import sources
 
 from cli import main
+from pipeline.demo import WEIGHTS
+from pipeline.errors import SourceError
+from pipeline.timm_datasets import TimmOptions
 
 SMALL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32", "-j", "0", "--device", "cpu"]
 
@@ -63,6 +69,81 @@ def test_the_whole_way(images: Path, tmp_path: Path) -> None:
     again = run("train", cache, "--method", "last", "--rank", 4, "--epochs", 20,
                 "--warmup-epochs", 1, "--lr", "1e-2", "--out", out, "--device", "cpu")  # fmt: skip
     assert "already finished, nothing to do" in again.stdout
+
+
+def test_a_timm_data_set_is_extracted_evaluated_and_shown(images: Path, tmp_path: Path) -> None:
+    cache, out = tmp_path / "c.zarr", tmp_path / "run"
+    named = ["torch/image_folder", "--data-dir", images]
+    backbone = ["--model", "test_vit", "--weights", WEIGHTS, "--img-size", 32]
+    splits = ["--split", "train,val,test"]
+    found = run_json("extract", *named, *splits, *backbone, "-j", 0, "--device", "cpu",
+                     "--out", cache)  # fmt: skip
+    assert found["rows"] == 24
+    result = run("train", cache, "--method", "linear", "--epochs", 1, "--warmup-epochs", 0,
+                 "--lr", "1e-9", "--device", "cpu", "--out", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    live = run_json("evaluate", out, *named, "--weights", WEIGHTS, "-j", 0, "--device", "cpu")
+    assert live["n"] == 6 and live["live"]
+    flags = ["--images", *named, "--device", "cpu", "--out", tmp_path / "page.html"]
+    assert run_json("report", out, *flags)["left_out"] == []
+    assert "data:image" in (tmp_path / "page.html").read_text()
+
+
+def test_what_is_said_of_a_timm_data_set_reaches_timm(
+    zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, tuple[str, ...], TimmOptions]] = []
+
+    def refuse(name: str, *, splits: tuple[str, ...], options: TimmOptions, **_: Any) -> None:
+        asked.append((name, splits, options))
+        raise SourceError("enough")
+
+    monkeypatch.setattr("pipeline.timm_datasets.open_timm", refuse)
+    out = tmp_path / "run"
+    run("train", zarr_cache, "--method", "linear", "--epochs", 1, "--warmup-epochs", 0,
+        "--lr", "1e-9", "--device", "cpu", "--out", out)  # fmt: skip
+    flags = ["--data-dir", "d", "--input-key", "img", "--target-key", "fine"]
+    calls = [
+        [
+            "extract",
+            "hfds/cifar10",
+            *flags,
+            "--dataset-download",
+            *SMALL,
+            "--out",
+            tmp_path / "c.h5",
+        ],
+        ["evaluate", out, "hfds/cifar10", "--split", "test", *flags, "--device", "cpu"],
+        ["report", out, "--images", "hfds/cifar10", *flags, "--device", "cpu"],
+    ]
+    for call in calls:
+        assert "enough" in run(*call).stderr
+    options = [TimmOptions("d", "img", "fine", download) for download in (True, False, False)]
+    splits = [("train",), ("test",), ("val",)]
+    assert asked == [("hfds/cifar10", s, o) for s, o in zip(splits, options, strict=True)]
+    for call in (["evaluate", out, *flags], ["report", out, *flags]):
+        result = run(*call)
+        assert result.exit_code == 1
+        assert "--data-dir, --input-key and --target-key say how images are opened" in result.stderr
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+
+def flags_named(text: str) -> set[str]:
+    """The flags in the string literals of a module: in its messages, help texts and docstrings."""
+    literals = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    return {flag for text in literals if isinstance(text, str) for flag in FLAG.findall(text)}
+
+
+def test_every_flag_that_a_message_recommends_exists() -> None:
+    known = {"--help", "--version"}
+    for command in main.commands.values():
+        known |= {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+    unknown = {module: flags_named(text) - known for module, text in sources().items()}
+    assert {module: flags for module, flags in unknown.items() if flags} == {}
+    planted = 'raise ValueError(f"{path}: see --data-dir, --no-such or --on-error skip")'
+    assert flags_named(planted) - known == {"--no-such"}
 
 
 def test_the_edges_way(images: Path, tmp_path: Path) -> None:

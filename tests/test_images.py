@@ -465,7 +465,8 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     fails(tmp_path / "none", "none: nothing there", "folder per class", "hfds/…")
     fails(put(tmp_path / "x.zip", "x"), "x.zip: a file of another kind", ".tar")
     tree(tmp_path, "a/1.png")
-    fails(tmp_path, "data_dir", "timm dataset strings", data_dir="/data")
+    for option in ({"data_dir": "/data"}, {"input_key": "img"}, {"download": True}):
+        fails(tmp_path, "--data-dir, --input-key", "timm dataset strings", "leave them", **option)
 
 
 # ---- what every source does
@@ -902,8 +903,9 @@ def test_torch_data_set_of_pixels(tmp_path: Path) -> None:
 
 def test_torch_errors(tmp_path: Path) -> None:
     root = str(tree(tmp_path, "a/1.png"))
-    fails("torch/cifar10", "data_dir", "--data-dir")
-    fails("torch/cifar10", "split train", "data_dir", "download", data_dir=root)
+    fails("torch/cifar10", "needs a folder", "--data-dir")
+    fails("torch/cifar10", "split train", f"--data-dir {root}", "--dataset-download", data_dir=root)
+    fails("torch/cifar10", "no columns", "leave out", data_dir=root, target_key="fine")
     fails("torch/cifar10", "train and test alone", data_dir=root, splits=("train", "val"))
     fails("torch/image_folder", "no folder", root, data_dir=root, splits=("train", "test"))
     fails("torch/unknown", "Unknown torchvision dataset", data_dir=root)
