@@ -318,8 +318,9 @@ def extract(as_json: bool, **values: Any) -> None:
             match record:
                 case stage.Hashed(done=done, total=total):
                     progress.update("hashing", done, total)
-                case stage.Weighed(done=done, total=total):
-                    progress.update("weighing weights", done, total)
+                case stage.Weighed(done=done, total=total, skipped=skipped):
+                    detail = f"{_counted(skipped, 'unreadable image')} skipped" if skipped else ""
+                    progress.update("weighing weights", done, total, detail)
                 case stage.Plan():
                     if record.pending_rows:
                         progress.note(_plan_line(record, config))

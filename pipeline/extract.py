@@ -101,10 +101,12 @@ class ExtractResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Weighed:
-    """Reported while the Fisher information of the backbone's weights is summed up."""
+    """Reported while the Fisher information of the backbone's weights is summed up; `skipped`
+    unreadable images were passed over on the way."""
 
     done: int
     total: int
+    skipped: int = 0
 
 
 Report = Callable[[Plan | Hashed | Weighed | Extracted | Skipped], None]
@@ -359,28 +361,22 @@ def _ladder(
                 return reader.tables_below("ladder")
     except CacheError:
         pass  # no cache yet, or one that the writer will refuse or replace
-    transform = backbone.preprocessing.transform()
-    target = _fisher_target(source) if config.ladder_init == "fisher" else None
-    rows = _fisher_rows(config, source, target) if target else []
-
-    def images() -> Iterator[tuple[Tensor, int]]:
-        for row in rows:
-            assert target is not None
-            yield transform(source.open(row)).to(backbone.device), int(target.values[row])
-
+    images = _FisherImages(config, source, backbone) if config.ladder_init == "fisher" else None
     try:
         return ladder_tables(
             backbone.model,
             how=config.ladder_init,
             reduction=config.reduction,
             layers=_layers(config, backbone),
-            images=images,
-            classes=len(target.classes) if target else 0,
+            images=images or (lambda: ()),
+            classes=len(images.target.classes) if images else 0,
             pool="cls" if backbone.prefix_tokens else "mean",
             prefix_tokens=backbone.prefix_tokens,
             device=backbone.device,
             seed=config.seed,
-            report=lambda done, total: report(Weighed(done=done, total=total)),
+            report=lambda done, total: report(
+                Weighed(done=done, total=total, skipped=len(images.skipped) if images else 0)
+            ),
         )
     except ValueError as error:
         raise SettingError(f"--ladder-init: {error}") from error
@@ -391,6 +387,44 @@ def _layers(config: ExtractConfig, backbone: Backbone) -> tuple[int, ...]:
         return keep_layers(config.keep_layers, backbone.blocks)
     except ValueError as error:
         raise SettingError(f"--keep-layers: {error}") from None
+
+
+class _FisherImages:
+    """What the Fisher information is summed over: (3, H, W) and its class, the same at every call.
+
+    Labelled training images in an order drawn from --seed, as many as --fisher-samples; one that
+    cannot be read is `skipped` for the next, or raised, as --on-error says.
+    """
+
+    def __init__(self, config: ExtractConfig, source: Source, backbone: Backbone) -> None:
+        self.config, self.source, self.device = config, source, backbone.device
+        self.transform = backbone.preprocessing.transform()
+        self.target = _fisher_target(source)
+        self.rows = _fisher_rows(config, source, self.target)
+        self.skipped: dict[int, str] = {}
+
+    def __call__(self) -> Iterator[tuple[Tensor, int]]:
+        left = self.config.fisher_samples
+        for row in self.rows:
+            if left == 0:
+                return
+            if row in self.skipped:
+                continue
+            try:
+                image = self.source.open(row)
+            except ImageError as error:
+                if self.config.on_error == "raise":
+                    raise
+                self.skipped[row] = str(error)
+                continue
+            left -= 1
+            yield self.transform(image).to(self.device), int(self.target.values[row])
+        if len(self.skipped) == len(self.rows):
+            raise SettingError(
+                f"expected labelled training images that can be read, came none of "
+                f"{len(self.rows)} ({self.skipped[self.rows[0]]}); --ladder-init magnitude needs "
+                "no images"
+            )
 
 
 def _fisher_target(source: Source) -> Labels:
@@ -406,7 +440,7 @@ def _fisher_target(source: Source) -> Labels:
 
 
 def _fisher_rows(config: ExtractConfig, source: Source, target: Labels) -> list[int]:
-    """Numbers of labelled training images, drawn at random from --seed."""
+    """Numbers of all labelled training images, in an order drawn from --seed."""
     known = target.values >= 0
     labelled = [i for i, row in enumerate(source.rows) if row.split == "train" and known[i]]
     if not labelled:
@@ -415,7 +449,7 @@ def _fisher_rows(config: ExtractConfig, source: Source, target: Labels) -> list[
             f"(splits: {', '.join(source.splits)}). --ladder-init magnitude needs no images."
         )
     order = np.random.default_rng(config.seed).permutation(len(labelled))
-    return [labelled[i] for i in order[: config.fisher_samples]]
+    return [labelled[i] for i in order]
 
 
 def _tables(source: Source, backbone: Backbone, digests: np.ndarray) -> dict[str, np.ndarray]:

@@ -379,6 +379,29 @@ def test_pruned_weights_are_kept_and_not_computed_again(
             extract(dataclasses.replace(config, **change))  # type: ignore[arg-type]
 
 
+def test_fisher_skips_what_the_extraction_skips(tmp_path: Path) -> None:
+    """The next image drawn takes its place, so that the weights are those of the rest alone."""
+    images = paint(tmp_path / "images")
+    pruned = {"ladder_init": "fisher", "reduction": 4, "fisher_samples": 50}
+    for name in ("red/1.png", "blue/0.png"):
+        (images / "train" / name).write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"\.png: not an image.*--on-error skip"):
+        extract(extract_config(images, tmp_path / "a.zarr", **pruned))
+    records: list[object] = []
+    skip = {**pruned, "on_error": "skip"}
+    result = extract(extract_config(images, tmp_path / "a.zarr", **skip), records.append)
+    assert sorted(result.skipped) == ["train/blue/0.png", "train/red/1.png"]
+    weighed = [record for record in records if isinstance(record, stage.Weighed)]
+    assert weighed[-1] == stage.Weighed(done=10, total=10, skipped=2)  # of 12 training rows
+    extract(extract_config(images, tmp_path / "b.zarr", **{**skip, "fisher_samples": 10}))
+    assert all(np.array_equal(ladder(tmp_path / "a.zarr")[name], table)
+               for name, table in ladder(tmp_path / "b.zarr").items())  # fmt: skip
+    for path in (images / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(SettingError, match=r"--ladder-init: .*came none of 12 \(.*\.png: not an"):
+        extract(extract_config(images, tmp_path / "c.zarr", **skip))
+
+
 def test_fisher_takes_the_first_target_of_kind_class(images: Path, tmp_path: Path) -> None:
     """Whatever stands before it; rows without a class are left out."""
     pruned = {"ladder_init": "fisher", "reduction": 4, "fisher_samples": 50}
