@@ -321,9 +321,14 @@ def extract(as_json: bool, **values: Any) -> None:
                 case stage.Weighed(done=done, total=total, skipped=skipped):
                     detail = f"{_counted(skipped, 'unreadable image')} skipped" if skipped else ""
                     progress.update("weighing weights", done, total, detail)
+                case stage.Repeated(split=split, other=other, rows=rows, example=(key, twin)):
+                    images = f"{_counted(rows, f'{split} image')} {'is' if rows == 1 else 'are'}"
+                    progress.note(f"{images} also in {other} (e.g. {key} = {twin})")
                 case stage.Plan():
                     if record.pending_rows:
                         progress.note(_plan_line(record, config))
+                        if record.begun_batch_size not in (None, config.batch_size):
+                            progress.note(_batch_line(record, config))
                 case stage.Extracted(rows=rows, total=total, bytes=size, seconds=seconds):
                     detail = f"{rows / max(seconds, 1e-9):,.0f} images/s, {_gb(size)} written"
                     progress.update("extracting", rows, total, detail)
@@ -359,6 +364,13 @@ def _plan_line(plan: Any, config: Any) -> str:
     return (
         f"{config.model} on {plan.device}, {plan.precision}: {images}{already}, "
         f"taps {shapes}, {_gb(plan.bytes)} of {config.dtype} to {config.out}"
+    )
+
+
+def _batch_line(plan: Any, config: Any) -> str:
+    return (
+        f"begun with -b {plan.begun_batch_size}: with -b {config.batch_size}, the rest may differ "
+        f"from it in the last bits"
     )
 
 

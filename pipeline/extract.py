@@ -46,7 +46,11 @@ WRITERS = 2  # threads that write, each from a buffer of its own; one more is be
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Reported once, before the first image: what will be done, and where."""
+    """Reported once, before the first image: what will be done, and where.
+
+    `begun_batch_size` is that of the rows which are there already, None where nothing says so or
+    none are there. Products of another batch size may differ in their last bits.
+    """
 
     rows: int
     pending_rows: int
@@ -54,6 +58,7 @@ class Plan:
     stacks: tuple[Stack, ...]
     device: str
     precision: str
+    begun_batch_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,17 @@ class Hashed:
 
     done: int
     total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeated:
+    """Reported for two splits that share images, byte for byte: `rows` of `split` are also in
+    `other`; `example` is a key of such a row, and of its twin there."""
+
+    split: str
+    other: str
+    rows: int
+    example: tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +125,7 @@ class Weighed:
     skipped: int = 0
 
 
-Report = Callable[[Plan | Hashed | Weighed | Extracted | Skipped], None]
+Report = Callable[[Plan | Hashed | Repeated | Weighed | Extracted | Skipped], None]
 
 
 def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractResult:
@@ -146,6 +162,8 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
         report=lambda done, total: report(Hashed(done=done, total=total)),
         see=lambda data: deep.add(is_deep_grey(data)),
     )
+    for repeated in _repeated(source, digests):
+        report(repeated)
     decoding = {"grey": "by depth"} if True in deep else {}
     manifest = _manifest(config, source, backbone, layout, precision, digests, decoding)
     tables = _tables(source, backbone, digests)
@@ -167,6 +185,11 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
                 stacks=layout.stacks,
                 device=name_of(device),
                 precision=precision_name(precision),
+                begun_batch_size=(
+                    writer.manifest.notes.get("batch_size")
+                    if pending_rows < manifest.rows
+                    else None
+                ),
             )
         )
         begin = time.perf_counter()
@@ -325,7 +348,11 @@ def _manifest(
         ),
         splits=tuple(source.splits),
         final_norm={"kind": norm.kind, "eps": norm.eps},
-        notes={"created_by": f"sidecache {version('sidecache')}", "source": source.description},
+        notes={
+            "created_by": f"sidecache {version('sidecache')}",
+            "source": source.description,
+            "batch_size": config.batch_size,
+        },
     )
 
 
@@ -464,6 +491,28 @@ def _tables(source: Source, backbone: Backbone, digests: np.ndarray) -> dict[str
         if tensor is not None:
             tables[f"final_norm/{name}"] = tensor.numpy()
     return tables
+
+
+def _repeated(source: Source, digests: np.ndarray) -> Iterator[Repeated]:
+    """Images that occur in several splits; the later split is named with the earlier."""
+    heads = digests[:, :8].copy().view(np.uint64)[:, 0]
+    _, places, counts = np.unique(heads, return_inverse=True, return_counts=True)
+    several = np.flatnonzero(counts[places] > 1).tolist()
+    first: dict[bytes, dict[str, int]] = {}  # digest → split → its first row
+    for row in several:
+        first.setdefault(bytes(digests[row]), {}).setdefault(source.rows[row].split, row)
+    for nothing in (bytes(32), hashlib.sha256(b"").digest()):
+        first.pop(nothing, None)  # what cannot be read is no image
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for row in several:
+        split = source.rows[row].split
+        for other, twin in first.get(bytes(digests[row]), {}).items():
+            if source.splits.index(other) < source.splits.index(split):
+                found.setdefault((split, other), []).append((row, twin))
+    for (split, other), pairs in found.items():
+        row, twin = pairs[0]
+        example = (source.rows[row].key, source.rows[twin].key)
+        yield Repeated(split=split, other=other, rows=len(pairs), example=example)
 
 
 def _sha256(values: Any) -> str:

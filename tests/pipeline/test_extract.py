@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -345,6 +346,62 @@ def test_a_value_that_does_not_fit_names_tap_and_image(
     with pytest.raises(StorageOverflow, match=r"tap z3 of .*blue/2\.png.*float16.*bfloat16"):
         extract(extract_config(images, tmp_path / "c.zarr", dtype="float16"))
     extract(extract_config(images, tmp_path / "d.zarr", dtype="bfloat16"))
+
+
+def test_images_in_several_splits_are_told(tmp_path: Path) -> None:
+    """By their bytes, whatever they are called; when the cache is complete as well."""
+    images = paint(tmp_path / "images")
+    shutil.copy(images / "train" / "blue" / "0.png", images / "test" / "blue" / "1.png")
+    shutil.copy(images / "train" / "blue" / "0.png", images / "test" / "red" / "twin.png")
+    shutil.copy(images / "train" / "red" / "2.png", images / "val" / "red" / "1.png")
+    shutil.copy(images / "val" / "red" / "1.png", images / "val" / "red" / "again.png")
+    shutil.copy(images / "val" / "red" / "1.png", images / "test" / "red" / "1.png")
+    for name in ("train/blue/1.png", "test/blue/0.png"):
+        (images / name).write_bytes(b"")
+    config = extract_config(images, tmp_path / "c.zarr", on_error="skip")
+    for _ in range(2):
+        records: list[object] = []
+        extract(config, records.append)
+        assert [r for r in records if isinstance(r, stage.Repeated)] == [
+            stage.Repeated(
+                split=split, other=other, rows=rows, example=(f"{split}/{key}", f"{other}/{twin}")
+            )
+            for split, other, rows, key, twin in (
+                ("val", "train", 2, "red/1.png", "red/2.png"),
+                ("test", "train", 3, "blue/1.png", "blue/0.png"),
+                ("test", "val", 1, "red/1.png", "red/1.png"),
+            )
+        ]
+    arguments = ["extract", str(images), "--model", "test_vit", "--no-pretrained", "-j", "0"]
+    arguments += ["--img-size", "32", "--on-error", "skip", "--out", str(tmp_path / "d.zarr")]
+    lines = CliRunner().invoke(cli.main, arguments).stderr.splitlines()
+    assert "3 test images are also in train (e.g. test/blue/1.png = train/blue/0.png)" in lines
+    assert "1 test image is also in val (e.g. test/red/1.png = val/red/1.png)" in lines
+
+
+@pytest.mark.parametrize("size", [5, 4])
+def test_a_resume_with_another_batch_size_is_told(
+    images: Path, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, where rows are there already; the identity does not know it."""
+    monkeypatch.setattr("cache.manifest.SHARD_BYTES", 1)
+    out = tmp_path / "c.zarr"
+
+    def stop(record: object) -> None:
+        if isinstance(record, stage.Extracted) and record.rows >= 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(extract_config(images, out), stop)
+    arguments = ["extract", str(images), "--model", "test_vit", "--no-pretrained", "-j", "0"]
+    arguments += ["--img-size", "32", "--no-amp", "--device", "cpu", "--dtype", "float32"]
+    arguments += ["-b", str(size), "--out", str(out)]
+    for told in (size != 5, False):  # a complete cache has nothing to tell
+        result = CliRunner().invoke(cli.main, arguments)
+        assert result.exit_code == 0, result.output
+        assert ("begun with -b 5: with -b 4, the rest may differ" in result.stderr) == told
+    with Reader(out) as reader:
+        assert reader.manifest.notes["batch_size"] == 5
 
 
 def ladder(path: Path) -> dict[str, np.ndarray]:
