@@ -48,8 +48,8 @@ WRITERS = 2  # threads that write, each from a buffer of its own; one more is be
 class Plan:
     """Reported once, before the first image: what will be done, and where.
 
-    `begun_batch_size` is that of the rows which are there already, None where nothing says so or
-    none are there. Products of another batch size may differ in their last bits.
+    `begun_batch_size` is that with which the cache was begun, None in older caches: products of
+    another batch size may differ in their last bits.
     """
 
     rows: int
@@ -185,11 +185,7 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
                 stacks=layout.stacks,
                 device=name_of(device),
                 precision=precision_name(precision),
-                begun_batch_size=(
-                    writer.manifest.notes.get("batch_size")
-                    if pending_rows < manifest.rows
-                    else None
-                ),
+                begun_batch_size=writer.manifest.notes.get("batch_size"),
             )
         )
         begin = time.perf_counter()
