@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 import click
 
+from pipeline import __version__
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -229,7 +231,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 @click.group(cls=Sidecache, context_settings=CONTEXT)
-@click.version_option(package_name="sidecache", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def main() -> None:
     """Cache a frozen vision transformer's layers once; train side networks from the cache alone.
 

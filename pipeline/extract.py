@@ -30,6 +30,7 @@ from cache import (
     Writer,
     encode_keys,
 )
+from pipeline import __version__
 from pipeline.backbone import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
 from pipeline.device import name_of, pick_device, pick_precision, precision_name
@@ -345,7 +346,7 @@ def _manifest(
         splits=tuple(source.splits),
         final_norm={"kind": norm.kind, "eps": norm.eps},
         notes={
-            "created_by": f"sidecache {version('sidecache')}",
+            "created_by": f"sidecache {__version__}",
             "source": source.description,
             "batch_size": config.batch_size,
         },

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import paint
 from test_house import sources
 
 from cli import main
+from pipeline import __version__
 from pipeline.demo import WEIGHTS
 from pipeline.errors import SourceError
 from pipeline.timm_datasets import TimmOptions
@@ -343,6 +345,41 @@ def test_config_file_fills_defaults_and_flags_win(zarr_cache: Path, tmp_path: Pa
     file.write_text("learning: 3\n")
     result = run("train", zarr_cache, "--config", file, "--method", "last", "--out", out)
     assert result.exit_code == 2 and "unknown key learning" in result.stderr
+
+
+UNINSTALLED = """
+import importlib.metadata as metadata, sys
+
+def without(name, real=metadata.distribution):
+    if name == "sidecache":
+        raise metadata.PackageNotFoundError(name)
+    return real(name)
+
+metadata.distribution = without
+import cli
+cli.main(sys.argv[1:], prog_name="sidecache")
+"""
+
+
+def test_a_clone_that_is_not_installed_works(
+    zarr_cache: Path, images: Path, tmp_path: Path
+) -> None:
+    """No metadata of ours is found: every command that writes the version down, and --version."""
+
+    def clone(*arguments: object) -> str:
+        line = [sys.executable, "-c", UNINSTALLED, *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout
+
+    assert clone("--version") == f"sidecache {__version__}\n"
+    clone("extract", images, *SMALL, "--out", tmp_path / "c.zarr")
+    clone("copy", tmp_path / "c.zarr", tmp_path / "d.zarr", "--taps", "last:1")
+    clone("train", zarr_cache, "--method", "linear", "--epochs", 1, "--warmup-epochs", 0,
+          "--device", "cpu", "--out", tmp_path / "run")  # fmt: skip
+    written = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert written["sidecache"] == __version__
+    setup = (Path(__file__).parent.parent / "setup.cfg").read_text()
+    assert "\nversion = attr: pipeline.__version__\n" in setup
+    assert version("sidecache") == __version__  # here it is installed
 
 
 def test_help_is_instant_and_the_module_runs() -> None:
