@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 from conftest import paint
 from test_house import sources
@@ -380,6 +381,32 @@ def test_a_clone_that_is_not_installed_works(
     setup = (Path(__file__).parent.parent / "setup.cfg").read_text()
     assert "\nversion = attr: pipeline.__version__\n" in setup
     assert version("sidecache") == __version__  # here it is installed
+
+
+def test_few_epochs_need_no_flag_for_their_warm_up(zarr_cache: Path, tmp_path: Path) -> None:
+    """The first thing that everybody types, alone and in lists; what came of it is written down."""
+    for number, (flags, warmups) in enumerate({
+        ("--method", "last", "--epochs", "1"): [0],
+        ("--method", "linear", "--epochs", "5"): [1],
+        ("--method", "linear,last", "--epochs", "2,10", "--drop-path", "0,0.1"): [0, 2, 0, 0, 2, 2],
+    }.items()):  # fmt: skip
+        out = tmp_path / f"run{number}"
+        found = run_json("train", zarr_cache, *flags, "--device", "cpu", "--out", out)
+        written = yaml.safe_load((out / "config.yaml").read_text())["members"]
+        assert [member["warmup_epochs"] for member in written] == warmups
+        assert [m["settings"]["warmup_epochs"] for m in found["members"]] == warmups
+    file = tmp_path / "c.yaml"
+    file.write_text("method: last\nepochs: 2\ndevice: cpu\n")
+    assert run("train", zarr_cache, "--config", file, "--out", tmp_path / "c").exit_code == 0
+    refused = run(
+        "train", zarr_cache, "--config", file, "--warmup-epochs", 3, "--out", tmp_path / "d"
+    )
+    assert refused.exit_code == 1 and "warmup_epochs = 3: expected" in refused.stderr
+    inert = run(
+        "train", zarr_cache, "--method", "linear", "--drop-path", 0.1, "--out", tmp_path / "e"
+    )
+    assert inert.exit_code == 1 and not (tmp_path / "e").exists()
+    assert "drop_path = 0.1: decides nothing, as linear has no residual branch" in inert.stderr
 
 
 def test_help_is_instant_and_the_module_runs() -> None:
