@@ -55,8 +55,12 @@ class Preprocessing:
         }
         return cls(**plain)
 
-    def transform(self) -> Callable[[Image.Image], Tensor]:
-        """timm's deterministic evaluation transform: RGB image → (3, H, W) float32."""
+    def transform(self, *, normalize: bool = True) -> Callable[[Image.Image], Tensor]:
+        """timm's deterministic evaluation transform: RGB image → (3, H, W) float32.
+
+        Not normalised, it ends with pixels, uint8, a quarter of the bytes; `normalised` does the
+        rest of the way.
+        """
         return create_transform(
             input_size=(3, *self.img_size),
             is_training=False,
@@ -65,7 +69,19 @@ class Preprocessing:
             std=self.std,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
+            normalize=normalize,
         )
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) uint8 → float32 on their device, bit for bit as `transform` has them.
+
+        Looked up, not computed: devices divide in their own ways.
+        """
+        mean, std = (torch.tensor(values)[:, None] for values in (self.mean, self.std))
+        levels = (torch.arange(256.0) / 255 - mean) / std  # (3, 256)
+        first = 256 * torch.arange(3, dtype=torch.int32, device=pixels.device)[:, None, None]
+        places = (pixels + first).flatten()
+        return levels.to(pixels.device).flatten().index_select(0, places).view(pixels.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +138,11 @@ class Backbone:
     def read_taps(self, images: Tensor, sink: Sink, *, precision: torch.dtype) -> None:
         """Run (B, 3, H, W) through the blocks; `sink(name, tokens (B, T, D))` for each tap.
 
+        `images` are as `Preprocessing.transform` makes them; pixels are normalised here.
         `precision` float32 computes as it is; another type means autocast to it.
         """
+        if images.dtype == torch.uint8:
+            images = self.preprocessing.normalised(images)
         self._run(images, lambda name, x: sink(name, self._as_tokens(x)), precision)
 
     def _run(self, images: Tensor, sink: Sink, precision: torch.dtype) -> None:

@@ -222,7 +222,7 @@ def _run(
         return legs
     batches = image_batches(
         source,
-        backbone.preprocessing.transform(),
+        backbone.preprocessing.transform(normalize=False),
         backbone.preprocessing.img_size,
         pending=pending,
         batch_size=config.batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.backbone import Backbone, load_backbone
+from pipeline.backbone import Backbone, Preprocessing, load_backbone
 from pipeline.errors import BackboneError, SettingError
 from pipeline.side import FeatureSpec, TokenShape
 from pipeline.side.layers import FrozenNorm, pool_tokens
@@ -107,6 +109,36 @@ def test_last_tap_final_norm_and_head_give_the_models_own_logits(name: str) -> N
     with torch.no_grad():
         logits = model.head(FrozenNorm(spec, shape.dim)(pooled))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("mean", [(0.485, 0.456, 0.406), (0.5, 0.5, 0.5), (0.0, 1.0, 0.3)])
+def test_pixels_normalised_are_the_transform_bit_for_bit(
+    crop_mode: str, mean: tuple[float, float, float]
+) -> None:
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 256, (70, 90, 3), np.uint8)) for _ in range(3)]
+    ramp = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    how = Preprocessing(
+        img_size=(48, 64), crop_pct=0.9, crop_mode=crop_mode, interpolation="bicubic", mean=mean,
+        std=(0.229, 0.224, 0.1),
+    )  # fmt: skip
+    whole, pixels = how.transform(), how.transform(normalize=False)
+    exact = dataclasses.replace(how, img_size=(16, 16), crop_pct=1.0)
+    for image in images:
+        found = pixels(image)
+        assert found.dtype == torch.uint8 and found.shape == (3, 48, 64)
+        assert torch.equal(how.normalised(found[None])[0], whole(image))
+    every = exact.transform(normalize=False)(Image.fromarray(ramp))
+    assert len(every.unique()) == 256
+    assert torch.equal(exact.normalised(every[None])[0], exact.transform()(Image.fromarray(ramp)))
+
+
+def test_taps_of_pixels_are_those_of_the_normalised_images() -> None:
+    backbone = load("test_vit")
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    ours, theirs = (read(backbone, x) for x in (pixels, backbone.preprocessing.normalised(pixels)))
+    assert all(torch.equal(ours[i], theirs[i]) for i in theirs)
 
 
 def test_fewer_taps_run_fewer_blocks() -> None:

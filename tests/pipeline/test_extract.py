@@ -25,9 +25,10 @@ from PIL import Image
 import cli
 from cache import CacheIncomplete, IdentityMismatch, Reader, StorageOverflow, decode, verify
 from pipeline import extract as stage
-from pipeline.backbone import load_backbone
+from pipeline.backbone import Preprocessing, load_backbone
 from pipeline.errors import ImageError, SettingError
 from pipeline.extract import Skipped, extract
+from pipeline.loader import image_batches
 from pipeline.sources import open_source
 
 CPU = torch.device("cpu")
@@ -193,6 +194,19 @@ def test_storage_types_round_the_float32_features(
         extract(extract_config(images, out, dtype=dtype))
         stored = decode(arrays(out), dtype)
         assert (np.abs(stored - exact) <= np.abs(exact) * error + 1e-6).all()
+
+
+def test_images_travel_as_bytes(images: Path) -> None:
+    """A batch in shared memory takes a byte a pixel and channel; one that fails is black."""
+    source = open_source(images)
+    how = Preprocessing(img_size=(32, 32), crop_pct=1.0, crop_mode="center",
+                        interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)  # fmt: skip
+    (batch,) = image_batches(
+        source, how.transform(normalize=False), how.img_size,
+        pending=[range(24)], batch_size=24, workers=1,
+    )  # fmt: skip
+    assert batch.images.nbytes == 24 * 3 * 32 * 32
+    assert torch.equal(how.normalised(batch.images)[7], how.transform()(source.open(7)))
 
 
 def test_worker_processes_change_nothing(zarr_cache: Path, images: Path, tmp_path: Path) -> None:
