@@ -1,10 +1,10 @@
 """`extract` against a bare loop that only decodes the images and runs the backbone over them.
 
-Both use the same files, DataLoader workers, transform, batch size, bfloat16 autocast and process
-settings (pipeline/process.py), and both start their workers inside the clock. Ours also hooks every
-block, casts, copies, hashes, writes and forces to the disk; the bare loop throws its output away.
-Building the model is in neither. The share left is what a cache costs over the forward pass that
-nobody can avoid.
+Both use the same files, DataLoader workers, transform, batch size, precision and process settings
+(pipeline/process.py), and both start their workers inside the clock. Ours also hooks every block,
+casts, copies, hashes, writes and forces to the disk; the bare loop throws its output away. Building
+the model is in neither. The share left is what a cache costs over the forward pass that nobody can
+avoid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from measure import alternate, medians, print_line
+from measure import add_compute_flags, alternate, medians, precision_of, print_line
 from PIL import Image
 from synthetic import write_photographs
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--device", default="auto")
+    add_compute_flags(parser)
     parser.add_argument("--folder", help="where to put the files  [default: a temporary folder]")
     options = parser.parse_args()
     settle_process()
@@ -49,6 +49,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
     import timm
+    import torch
     from timm.data import resolve_model_data_config
 
     from pipeline.config import ExtractConfig
@@ -75,7 +76,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,
-            amp=True,
+            amp=precision_of(options) != torch.float32,
         )
         result = extract(config)
         assert result.complete and result.extracted_rows == options.images
@@ -90,7 +91,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     speed = medians(rates)
     print_line(
         "extract",
-        device=options.device,
+        computing=options,
         ratio={suffix: speed[suffix] / speed["bare"] for suffix in FORMATS},
         goal=GOAL,
         baseline="decode and forward_features, nothing kept",
@@ -129,7 +130,9 @@ def forward_all(
     loader = DataLoader(
         data, batch_size=options.batch_size, num_workers=options.workers, pin_memory=on_gpu
     )
-    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16):
+    precision = precision_of(options)
+    mixed = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+    with torch.inference_mode(), mixed:
         for images in loader:
             model.forward_features(images.to(device, non_blocking=True))
     if on_gpu:

@@ -1,7 +1,7 @@
 """The least time that a LAST step can take: its operations over the machine's matrix rate.
 
-Counted from the shapes of the rank-space form (pipeline/side/layers.py), per image and member. A
-multiply and an add are two operations. Elementwise work, softmax, the head and the optimiser are
+Counted from the shapes of the rank-space form (pipeline/side/rank_space.py), per image and member.
+A multiply and an add are two operations. Elementwise work, softmax, the head and the optimiser are
 left out, so the floor is never reached.
 """
 
@@ -27,15 +27,17 @@ def last_step_operations(*, tokens: int, dim: int, rank: int, modules: int) -> d
     return {"state": 2 * state, "earlier": 3 * earlier, "attention": 3 * attention}
 
 
-def matrix_products(device: torch.device, products: int = 40) -> Callable[[], float]:
-    """A function that multiplies (6304 x 768) @ (768 x 256) in bfloat16 and returns operations.
+def matrix_products(
+    device: torch.device, precision: torch.dtype, products: int = 40
+) -> Callable[[], float]:
+    """A function that multiplies (6304 x 768) @ (768 x 256) and returns operations.
 
     6304 = 32 images of 197 tokens; 256 is about the width of a late module's product.
     """
     m, k, n = 6304, 768, 256
-    left = torch.randn(m, k, device=device).bfloat16()
-    right = torch.randn(k, n, device=device).bfloat16()
-    out = torch.empty(m, n, device=device, dtype=torch.bfloat16)
+    left = torch.randn(m, k, device=device).to(precision)
+    right = torch.randn(k, n, device=device).to(precision)
+    out = torch.empty(m, n, device=device, dtype=precision)
 
     def run() -> float:
         for _ in range(products):

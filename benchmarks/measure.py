@@ -6,6 +6,7 @@ baseline in the same run and takes turns with it: A B A B. Medians over the roun
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+AMP = {"auto": None, "bfloat16": True, "float32": False}  # --precision, as `pick_precision` asks
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -53,11 +55,36 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def print_line(benchmark: str, *, device: str = "cpu", **fields: Any) -> None:
-    """The result: one line of JSON on stdout, with what is needed to judge it later."""
+def add_compute_flags(parser: argparse.ArgumentParser) -> None:
+    """`--device` and `--precision`, of every benchmark that computes."""
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--precision",
+        choices=AMP,
+        default="auto",
+        help="of all systems; auto is bfloat16 where the hardware multiplies it, never emulated",
+    )
+
+
+def precision_of(options: argparse.Namespace) -> Any:
+    """The torch.dtype in which all systems of a benchmark compute."""
+    from pipeline.device import pick_device, pick_precision
+
+    return pick_precision(pick_device(options.device), AMP[options.precision])
+
+
+def print_line(
+    benchmark: str, *, computing: argparse.Namespace | None = None, **fields: Any
+) -> None:
+    """The result: one line of JSON on stdout, with what is needed to judge it later.
+
+    `computing` holds the flags of a benchmark that computes: device and precision are then named.
+    """
     where = {
-        "device": _device_name(device),
+        "device": _device_name(computing.device if computing else "cpu"),
+        **({"precision": str(precision_of(computing))[6:]} if computing else {}),
         "cpu": _cpu_name(),
+        "cpu_bfloat16": _cpu_bfloat16(),
         "cpus": os.cpu_count(),
         "torch": version("torch"),
         "python": platform.python_version(),
@@ -87,12 +114,22 @@ def _device_name(device: str) -> str:
 
 
 def _cpu_name() -> str:
+    return _cpu_fact("model name") or platform.processor()
+
+
+def _cpu_bfloat16() -> str:
+    """Which instructions for bfloat16 the processor has: `amx`, `avx512` or `none`."""
+    flags = _cpu_fact("flags").split()
+    return "amx" if "amx_bf16" in flags else "avx512" if "avx512_bf16" in flags else "none"
+
+
+def _cpu_fact(name: str) -> str:
+    """What Linux says of the first core; empty elsewhere."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.split(":")[0].strip() == name:
+            return line.split(":", 1)[1].strip()
+    return ""
 
 
 def _rounded(value: Any) -> Any:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import alternate, medians, print_line, seconds_of
+from measure import alternate, medians, precision_of, print_line, seconds_of
 from synthetic import CLASSES
 from systems import Round, features_parser, processes, train_members, with_cache
 
@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace, cache: Path) -> None:
     further = (memory[f"pass_{most}"]["peak"] - memory["one"]["peak"]) / (most - 1)
     print_line(
         "members",
-        device=options.device,
+        computing=options,
         ratio=images["one"] / (images[f"pass_{most}"] * most),
         ratio_of={
             name: per_second["one"] / rate for name, rate in per_second.items() if name != "one"
@@ -94,7 +94,7 @@ def train_loop(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     rows = labelled_rows(reader, ["train"], ["label"])
     last, spec = METHODS["last"], feature_spec(reader, CLASSES)
     networks = [last(spec, last.settings_class(), [i]).to(device) for i in range(options.loop)]
-    batches = Batches(reader, rows, networks[:1], device=device, dtype=torch.bfloat16)
+    batches = Batches(reader, rows, networks[:1], device=device, dtype=precision_of(options))
     batches.load(device)
     groups = [
         {"params": list(network.parameters()), "lr": 1e-3 * (1 + i % 4)}

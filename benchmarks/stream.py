@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace, cache: Path) -> None:
     row_bytes = 2 * options.taps * options.tokens * options.dim
     print_line(
         "stream",
-        device=options.device,
+        computing=options,
         ratio=ratio[counts[-1]],
         ratio_of={str(k): value for k, value in ratio.items()},
         goal=GOAL,

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from measure import peak_memory
+from measure import add_compute_flags, peak_memory, precision_of
 from synthetic import CLASSES, write_features
 
 from pipeline.process import settle_process
@@ -38,7 +38,7 @@ def features_parser(
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=epochs, help="of ours, a round")
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--device", default="auto")
+    add_compute_flags(parser)
     parser.add_argument("--folder", help="where to put the cache  [default: a temporary folder]")
     return parser
 
@@ -148,7 +148,7 @@ def train_members(
     ]
     stacks = make_stacks(settings, feature_spec(reader, CLASSES), tasks, device)
     networks = [stack.network for stack in stacks]
-    batches = Batches(reader, rows, networks, device=device, dtype=torch.bfloat16)
+    batches = Batches(reader, rows, networks, device=device, dtype=precision_of(options))
     if resident:
         batches.load(device)
     workers = Workers(len(stacks), device)

@@ -1,12 +1,13 @@
 """LAST trained from a cache, against LAST trained live and against LoRA, in images a second.
 
     ours  systems.train_members: resident features, the batch selected, one member
-    live  the same LAST, the backbone run over the batch at every step (no gradient, bfloat16)
+    live  the same LAST, the backbone run over the batch at every step (no gradient)
     lora  peft, rank 8 on qkv, head trained, AdamW; forward and backward through the backbone
 
 Each system lives in a process of its own, so that its peak memory can be told, and the processes
 take turns. Live and LoRA get random tensors for images: they are spared the decoding, which a real
 training pays at every epoch. A fourth process measures the matrix rate for the floor (floor.py).
+All four compute in one precision: bfloat16 where the hardware multiplies it, else float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from measure import alternate, medians, print_line
+from measure import alternate, medians, precision_of, print_line
 from synthetic import CLASSES
 from systems import Round, features_parser, processes, train_members, with_cache
 
@@ -46,7 +47,7 @@ def measure(options: argparse.Namespace, cache: Path) -> None:
     own = memory["ours"]["peak"] - features
     print_line(
         "train",
-        device=options.device,
+        computing=options,
         ratio={
             "live": speed["ours"] / speed["live"],
             "lora": speed["ours"] / speed["lora"],
@@ -94,6 +95,7 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
         [Member(method="last", task="label", epochs=10**6)], spec, {"label": task}, device
     )
     images, labels = random_batch(options, device)
+    precision = precision_of(options)
     shape = (options.batch_size, options.tokens, options.dim)
     features = {tap: torch.empty(shape, dtype=torch.float16, device=device) for tap in spec.taps}
 
@@ -103,10 +105,10 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     def run() -> float:
         stack.begin_epoch(stack.optimiser.steps // options.steps, options.steps)
         for _ in range(options.steps):
-            backbone.read_taps(images, keep, precision=torch.bfloat16)
+            backbone.read_taps(images, keep, precision=precision)
             with torch.no_grad():
-                operands = stack.network.operands(features, torch.bfloat16)
-            stack.step(Batch([operands], {"label": labels}), 0)
+                operands = stack.network.operands(features, precision)
+            stack.step(Batch({0: operands}, {"label": labels}), 0)
         return options.steps * options.batch_size
 
     return run, 0
@@ -123,10 +125,12 @@ def lora(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-3)
     images, labels = random_batch(options, device)
+    precision = precision_of(options)
+    mixed = precision != torch.float32
 
     def run() -> float:
         for _ in range(options.steps):
-            with torch.autocast(device.type, dtype=torch.bfloat16):
+            with torch.autocast(device.type, dtype=precision, enabled=mixed):
                 logits = network(images)
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
             optimiser.zero_grad()
@@ -140,7 +144,7 @@ def lora(options: argparse.Namespace, cache: Path, device: Any) -> Round:
 def matrix(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     from floor import matrix_products
 
-    return matrix_products(device), 0
+    return matrix_products(device, precision_of(options)), 0
 
 
 def random_batch(options: argparse.Namespace, device: Any) -> Any:

@@ -8,24 +8,28 @@ the networks make of them, computed once per row where they stay resident:
 
 All three give the same batches in the same order: a random permutation of all rows per epoch. A
 row is about a megabyte in one piece, so random reads run at nearly sequential speed.
+
+A GPU is never waited for within an epoch: the order of rows is sent once, memory that a copy to it
+reads from is used again only after that copy's event.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from cache import Reader, Stack, Target
+from pipeline.device import record_event
 from pipeline.errors import SettingError
+from pipeline.memory import free_memory
 from pipeline.metrics import Task
 from pipeline.side import FeatureSpec, Operands, SideNetwork, TokenShape
 from pipeline.taps import HostBuffer, choose_taps, host_buffer, restore
@@ -37,9 +41,10 @@ _CHUNK_BYTES = 8 * 2**20  # of features, turned into operands at a time: stays i
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows: the operands of each network (networks alike share theirs), each task's labels."""
+    """B rows: the operands of each network by its number (networks alike share theirs), and each
+    task's labels."""
 
-    operands: list[Operands]
+    operands: Mapping[int, Operands]
     labels: dict[str, Tensor]
 
 
@@ -129,7 +134,8 @@ class Batches:
     """Rows of a cache as batches of operands for some networks.
 
     Networks whose operands are equal (`operand_key`) share one copy. Call `load` once, then `epoch`
-    as often as wanted. `bytes_read` counts what was read from the cache so far.
+    as often as wanted; `narrow` when some networks need no more. `bytes_read` counts what was read
+    from the cache so far.
     """
 
     def __init__(
@@ -147,36 +153,58 @@ class Batches:
             for task, labels in labelled.labels.items()
         }
         self.bytes_read = 0
-        keys = [network.operand_key for network in networks]
-        self._source_of = [keys.index(key) for key in keys]
-        self._makers = {i: networks[i] for i in sorted(set(self._source_of))}
-        stacks = reader.manifest.stacks
-        available = [tap for stack in stacks for tap in stack.taps]
-        wanted = {tap for network in self._makers.values() for tap in network.sources(available)}
-        self._spans = {
-            stack.name: _span(stack, wanted) for stack in stacks if wanted.intersection(stack.taps)
-        }
-        self._resident: dict[int, Operands] | None = None
-        blank = {name: buffer.tensor.zero_() for name, buffer in self._buffers(1).items()}
-        self.row_bytes = sum(
-            tensor.numel() * tensor.element_size()
-            for operands in self._make(blank).values()
-            for tensor in operands.values()
-        )
+        self._resident: dict[Hashable, Operands] | None = None
+        self._blank: dict[Hashable, Operands] = {}  # of one row of zeros
+        self.narrow(dict(enumerate(networks)))
+        zeros = {n: buffer.tensor.zero_().to(device) for n, buffer in self._buffers(1).items()}
+        self._blank = self._make(zeros)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's operands."""
+        tensors = [tensor for made in self._blank.values() for tensor in made.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows' operands, resident or not."""
         return self.row_bytes * len(self.rows)
 
+    def narrow(self, networks: Mapping[int, SideNetwork]) -> None:
+        """Serve these networks alone from now on, by their numbers in `operands`.
+
+        What only others needed is read and made no more, and leaves the memory.
+        """
+        self._keys = {number: network.operand_key for number, network in networks.items()}
+        self._makers = {self._keys[number]: network for number, network in networks.items()}
+        stacks = self.reader.manifest.stacks
+        available = [tap for stack in stacks for tap in stack.taps]
+        wanted = {tap for network in self._makers.values() for tap in network.sources(available)}
+        self._spans = {
+            stack.name: _span(stack, wanted) for stack in stacks if wanted.intersection(stack.taps)
+        }
+        self._blank = {key: self._blank[key] for key in self._makers if key in self._blank}
+        if self._resident is not None:
+            self._resident = {key: self._resident[key] for key in self._makers}
+
+    def blank(self, size: int) -> Batch:
+        """A batch of zeros with the labels of the first row: to try what a step takes."""
+        operands = {
+            key: {name: one.new_zeros(size, *one.shape[1:]) for name, one in made.items()}
+            for key, made in self._blank.items()
+        }
+        labels = {task: values[:1].expand(size, *values.shape[1:]).clone()
+                  for task, values in self.labels.items()}  # fmt: skip
+        return Batch({number: operands[key] for number, key in self._keys.items()}, labels)
+
     def load(self, place: torch.device, loaded: Callable[[int], None] = lambda _: None) -> None:
         """Compute all operands once and keep them on `place`; `loaded` counts rows."""
         size = self._rows_at_once
         chunks = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
-        resident: dict[int, Operands] = {}
+        resident: dict[Hashable, Operands] = {}
         begin = 0
         for features in self._prefetched(chunks):
             made = self._make(features)
@@ -191,49 +219,51 @@ class Batches:
         if len(order) == 0:
             return
         places = order.split(batch_size)
+        sent = order.to(self.device).split(batch_size)  # once: each copy waits for the GPU
         if self._resident is None:
             features = self._prefetched([self.rows[place.numpy()] for place in places])
-            for place, block in zip(places, features, strict=True):
-                yield self._batch(self._make_in_parts(block, len(place)), place)
+            for there, block in zip(sent, features, strict=True):
+                yield self._batch(self._make_in_parts(block, len(there)), there)
             return
-        for place in places:
-            chosen = {i: self._select(room, place) for i, room in self._resident.items()}
-            yield self._batch(chosen, place)
+        for place, there in zip(places, sent, strict=True):
+            chosen = {key: self._select(room, place, there) for key, room in self._resident.items()}
+            yield self._batch(chosen, there)
 
-    def _select(self, room: Operands, place: Tensor) -> Operands:
+    def _select(self, room: Operands, place: Tensor, there: Tensor) -> Operands:
+        """Some rows of resident operands; `place` on the CPU, the same `there` on the device."""
         out: Operands = {}
         for name, values in room.items():
-            if values.device != self.device:
-                block = values.new_empty((len(place), *values.shape[1:]), pin_memory=True)
-                torch.index_select(values, 0, place, out=block)
-                out[name] = block.to(self.device, non_blocking=True)
-            else:
-                out[name] = values.index_select(0, place.to(values.device))
+            if values.device == self.device:
+                out[name] = values.index_select(0, there)
+                continue
+            block = values.new_empty((len(place), *values.shape[1:]), pin_memory=True)
+            torch.index_select(values, 0, place, out=block)
+            out[name] = block.to(self.device, non_blocking=True)  # torch keeps it until then
         return out
 
-    def _batch(self, made: dict[int, Operands], place: Tensor) -> Batch:
-        place = place.to(self.device)
-        labels = {task: values[place] for task, values in self.labels.items()}
-        return Batch([made[i] for i in self._source_of], labels)
+    def _batch(self, made: Mapping[Hashable, Operands], there: Tensor) -> Batch:
+        labels = {task: values[there] for task, values in self.labels.items()}
+        return Batch({number: made[key] for number, key in self._keys.items()}, labels)
 
-    def _make(self, stored: dict[str, Tensor]) -> dict[int, Operands]:
-        """Stored tokens of each stack (B, span, T, …) → the operands of each distinct network."""
+    def _make(self, stored: Mapping[str, Tensor]) -> dict[Hashable, Operands]:
+        """Stored tokens of each stack (B, span, T, …) on the device → the operands of each distinct
+        network."""
         features: dict[str, Tensor] = {}
         for name, values in stored.items():
             stack, span = self.reader.manifest.stack(name), self._spans[name]
-            tokens = restore(values.to(self.device, non_blocking=True), stack.dim)
+            tokens = restore(values, stack.dim)
             features |= zip(stack.taps[span], tokens.unbind(1), strict=True)
         with torch.no_grad():
             return {
-                i: network.operands(features, self.dtype) for i, network in self._makers.items()
+                key: network.operands(features, self.dtype) for key, network in self._makers.items()
             }
 
-    def _make_in_parts(self, stored: dict[str, Tensor], rows: int) -> dict[int, Operands]:
+    def _make_in_parts(self, stored: Mapping[str, Tensor], rows: int) -> dict[Hashable, Operands]:
         """`_make`, on a CPU for a few rows at a time, whose sums then stay in its cache."""
         size = self._rows_at_once if self.device.type == "cpu" else rows
         if size >= rows:
             return self._make(stored)
-        whole: dict[int, Operands] = {}
+        whole: dict[Hashable, Operands] = {}
         for i in range(0, rows, size):
             made = self._make({name: values[i : i + size] for name, values in stored.items()})
             _fill(whole, made, i, of=rows, place=self.device)
@@ -268,9 +298,10 @@ class Batches:
             self.reader.read_into(rows, into, stack=name, taps=self._spans[name])
 
     def _prefetched(self, blocks: Sequence[np.ndarray]) -> Iterator[dict[str, Tensor]]:
-        """Each block's stored tokens per stack, in order, read ahead by threads.
+        """Each block's stored tokens per stack on the device, in order, read ahead by threads.
 
-        A block's memory is used again for a later one: it is valid until the next is asked for.
+        On a CPU a block's memory is used again for a later one: it is valid until the next is
+        asked for.
         """
         largest = max(map(len, blocks))
         free = deque(self._buffers(largest) for _ in range(min(READERS + 1, len(blocks))))
@@ -289,9 +320,14 @@ class Batches:
                 future, buffers, size = waiting.popleft()
                 future.result()
                 self.bytes_read += size * self._row_read_bytes
-                yield {name: buffer.tensor[:size] for name, buffer in buffers.items()}
-                if self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()  # its copy has ended
+                block = {
+                    name: buffer.tensor[:size].to(self.device, non_blocking=True)
+                    for name, buffer in buffers.items()
+                }
+                copied = record_event(self.device)  # before the step that is made of the block
+                yield block
+                if copied is not None:
+                    copied.synchronize()
                 free.append(buffers)
                 for rows in islice(ahead, 1):
                     submit(rows)
@@ -300,8 +336,8 @@ class Batches:
 
 
 def _fill(
-    rooms: dict[int, Operands],
-    made: dict[int, Operands],
+    rooms: dict[Hashable, Operands],
+    made: Mapping[Hashable, Operands],
     begin: int,
     *,
     of: int,
@@ -310,9 +346,9 @@ def _fill(
     """Put operands of some rows where they belong, from row `begin`, in rooms for `of` rows, which
     are made at the first call. Returns one past the last row filled."""
     end = begin
-    for i, operands in made.items():
+    for key, operands in made.items():
         for name, values in operands.items():
-            room = rooms.setdefault(i, {})
+            room = rooms.setdefault(key, {})
             if name not in room:
                 room[name] = values.new_empty((of, *values.shape[1:]), device=place)
             end = begin + len(values)
@@ -326,14 +362,16 @@ def _span(stack: Stack, wanted: Container[str]) -> slice:
     return slice(used[0], used[-1] + 1)
 
 
-def choose_resident(wanted: str, nbytes: int, device: torch.device) -> str:
+def choose_resident(wanted: str, nbytes: int, device: torch.device, step_bytes: int = 0) -> str:
     """`device`, `ram` or `disk`: what was asked for if it fits, else the fastest that does.
 
-    Raises SettingError if `device` or `ram` was asked for and `nbytes` do not fit.
+    A GPU's memory must hold `step_bytes` beside the features: what a training step of all members
+    takes. Raises SettingError if `device` or `ram` was asked for and `nbytes` do not fit.
     """
-    room = {"ram": int(psutil.virtual_memory().available * SPARE)}
+    room = {"ram": int(free_memory() * SPARE)}
     if device.type == "cuda":
-        room = {"device": int(torch.cuda.mem_get_info(device)[0] * SPARE), **room}
+        free = torch.cuda.mem_get_info(device)[0] - step_bytes
+        room = {"device": int(max(0, free) * SPARE), **room}
     elif wanted == "device":
         wanted = "ram"  # on the CPU they are the same memory
     if wanted == "disk":
@@ -341,9 +379,11 @@ def choose_resident(wanted: str, nbytes: int, device: torch.device) -> str:
     if wanted == "auto":
         return next((place for place, free in room.items() if nbytes <= free), "disk")
     if nbytes > room[wanted]:
+        beside = f" beside {step_bytes / 1e9:.2f} GB for a step" if step_bytes else ""
         raise SettingError(
             f"--resident {wanted}: the features take {nbytes / 1e9:.2f} GB there, "
-            f"{room[wanted] / 1e9:.2f} GB are free. --resident auto or disk reads them as needed."
+            f"{room[wanted] / 1e9:.2f} GB are free{beside}. --resident auto or disk reads them as "
+            f"needed."
         )
     return wanted
 

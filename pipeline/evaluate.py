@@ -17,7 +17,7 @@ import torch
 from cache import Reader
 from pipeline.batches import Batches, feature_spec, labelled_rows
 from pipeline.checkpoint import Run, TrainedMember
-from pipeline.device import pick_device, pick_precision
+from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
 from pipeline.images import Source
 from pipeline.members import score
@@ -56,6 +56,7 @@ class Evaluated:
     total: int
 
 
+@without_tf32()
 def evaluate(
     run: str | Path,
     *,

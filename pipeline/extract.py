@@ -33,7 +33,14 @@ from cache import (
 from pipeline import __version__
 from pipeline.backbone import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
-from pipeline.device import name_of, pick_device, pick_precision, precision_name
+from pipeline.device import (
+    memory_explained,
+    name_of,
+    pick_device,
+    pick_precision,
+    precision_name,
+    without_tf32,
+)
 from pipeline.errors import ImageError, SettingError
 from pipeline.images import Labels, Source, is_deep_grey, source_digests
 from pipeline.layout import Layout, TokenBuffer, plan_layout
@@ -129,6 +136,7 @@ class Weighed:
 Report = Callable[[Plan | Hashed | Repeated | Weighed | Extracted | Skipped], None]
 
 
+@without_tf32()
 def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractResult:
     """Write the cache that `config` describes, or finish one that was begun.
 
@@ -190,7 +198,8 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
             )
         )
         begin = time.perf_counter()
-        legs = _run(config, source, backbone, layout, precision, writer, report)
+        with memory_explained("a smaller --batch-size makes a step smaller"):
+            legs = _run(config, source, backbone, layout, precision, writer, report)
         seconds = time.perf_counter() - begin
     with Reader(config.out) as reader:
         return ExtractResult(

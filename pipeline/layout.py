@@ -18,6 +18,7 @@ from torch import Tensor
 from cache import Manifest, Stack, StorageOverflow
 from pipeline.backbone import Backbone
 from pipeline.config import ExtractConfig
+from pipeline.device import record_event
 from pipeline.images import Source
 from pipeline.loader import ImageBatch
 from pipeline.side import TokenShape
@@ -95,11 +96,14 @@ class TokenBuffer:
     def __init__(self, manifest: Manifest, layout: Layout, size: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self.layout, self.storage = layout, manifest.storage
+        self.device = device
         self.host: dict[str, HostBuffer] = {}
         self.into: dict[str, Tensor] = {}
-        self.extremes: dict[str, Tensor] = {}  # least and greatest, per tap
-        self.errors: dict[str, Tensor] = {}  # of the first row, per tap: see `rounding_error`
+        # per tap: least and greatest value, and of the first row what `rounding_error` gives
+        self.facts: dict[str, Tensor] = {}
+        self.told: dict[str, Tensor] = {}  # the same on the host
         self.sums: dict[str, Tensor] = {}
+        self.copied: torch.cuda.Event | None = None
         for stack in manifest.stacks:
             name, shape = stack.name, (size, 1, *manifest.stored_shape(stack.name))
             host = self.host[name] = host_buffer(shape, manifest.storage, pinned=on_gpu)
@@ -108,12 +112,13 @@ class TokenBuffer:
                 if on_gpu
                 else host.tensor
             )
-            self.extremes[name] = torch.zeros(len(stack.taps), 2, device=device)
-            self.errors[name] = torch.zeros(len(stack.taps), 3, device=device)
+            self.told[name] = torch.zeros(len(stack.taps), 5, pin_memory=on_gpu)
+            self.facts[name] = (
+                torch.zeros(len(stack.taps), 5, device=device) if on_gpu else self.told[name]
+            )
             for tap in layout.gather.sums if layout.gather else ():
                 if tap in stack.taps:
                     self.sums[tap] = torch.empty(size, stack.tokens, stack.dim, device=device)
-        self.copied = torch.cuda.Event() if on_gpu else None
 
     def fill(self, backbone: Backbone, images: Tensor, precision: torch.dtype) -> None:
         """Forward `images`, cast every tap or sum into place, begin the copy to the host."""
@@ -134,40 +139,45 @@ class TokenBuffer:
         backbone.read_taps(images.to(backbone.device, non_blocking=True), sink, precision=precision)
         for name, total in self.sums.items():
             self._keep(name, total[:size])
-        if self.copied is not None:
+        if self.device.type == "cuda":
             for name, on_device in self.into.items():
                 self.host[name].tensor[:size].copy_(on_device[:size], non_blocking=True)
-            self.copied.record()
+                self.told[name].copy_(self.facts[name], non_blocking=True)
+            self.copied = record_event(self.device)
 
     def _keep(self, tap: str, tokens: Tensor) -> None:
         stack, position = self.layout.place[tap]
         part = self.into[stack][: len(tokens), 0, position]
         store(tokens, part)
-        self.extremes[stack][position] = torch.stack(torch.aminmax(tokens)).float()
+        facts = self.facts[stack][position]
+        facts[:2] = torch.stack(torch.aminmax(tokens))
         if self.storage != "float32":
-            self.errors[stack][position] = rounding_error(tokens[:1], part[:1])
+            facts[2:] = rounding_error(tokens[:1], part[:1])
 
     def overflowing(self) -> bool:
-        """Wait for the copy; whether a token was NaN or left the range of the storage type."""
+        """Wait for the copy; whether a token was NaN or left the range of the storage type.
+
+        What the host was told is read, not the device: a writer must not wait for the next batch.
+        """
         if self.copied is not None:
             self.copied.synchronize()
-        return not all(
-            bool(extremes.to(range_of(self.storage)).isfinite().all())
-            for extremes in self.extremes.values()
-        )
+        return not all(self._fits(told[:, :2]) for told in self.told.values())
+
+    def _fits(self, extremes: Tensor) -> bool:
+        return bool(extremes.to(range_of(self.storage)).isfinite().all())
 
     def measured(self) -> dict[str, tuple[float, float, float]]:
         """What rounding lost of the first row, per stack; nothing of float32."""
         if self.storage == "float32":
             return {}
-        return {stack: total_error(errors) for stack, errors in self.errors.items()}
+        return {stack: total_error(told[:, 2:]) for stack, told in self.told.items()}
 
     def overflow(self, batch: ImageBatch, source: Source) -> StorageOverflow:
         """The error that names the first tap and image that do not fit."""
         for stack in self.layout.stacks:
             for position, tap in enumerate(stack.taps):
-                extremes = self.extremes[stack.name][position]
-                if extremes.to(range_of(self.storage)).isfinite().all():
+                extremes = self.told[stack.name][position, :2]
+                if self._fits(extremes):
                     continue
                 part = self.host[stack.name].tensor[: len(batch.images), 0, position]
                 fits = restore(part, stack.dim).isfinite().flatten(1).all(dim=1)

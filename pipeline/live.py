@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.backbone import Backbone, Preprocessing, load_backbone
 from pipeline.checkpoint import TrainedMember
+from pipeline.device import without_tf32
 from pipeline.errors import BackboneError
 from pipeline.images import Source
 from pipeline.loader import image_batches
@@ -43,6 +44,7 @@ class LiveMember:
         ):
             yield batch.start, self.logits(batch.images), batch.failures
 
+    @without_tf32()
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, C) float32."""

@@ -3,7 +3,9 @@
 A stack is one network of K members with one optimiser. What belongs to a member alone (its
 initialisation, drop-path stream, learning rate, weight decay, smoothing, the first bad loss) is a
 row of a tensor here; nothing mixes members. A member whose schedule has ended, or that was stopped,
-leaves its stack between epochs, and costs nothing from then on.
+leaves its stack between epochs, and costs nothing from then on: no step, no operands, no reads.
+What a checkpoint holds of a member does not depend on the stack it was in: a CPU and a GPU, or two
+GPUs, stack differently.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from pipeline.batches import Batch, Batches
 from pipeline.config import Member, cross, fitting_warmup
+from pipeline.drop_path import DropPath
 from pipeline.errors import MissingTaps, SettingError
 from pipeline.metrics import Scores, Task
 from pipeline.optim import MemberAdamW, learning_rate
@@ -54,7 +57,8 @@ class Stack:
         decay = [member.weight_decay for member in self.members]
         self.optimiser = MemberAdamW(self.network, decay, self.network.decayed)
         self.smoothing = torch.tensor([m.smoothing for m in self.members], device=device)
-        self.drop_path = torch.tensor([m.drop_path for m in self.members])
+        seeds, rates = [m.seed for m in self.members], [m.drop_path for m in self.members]
+        self.drop_path = DropPath(seeds, rates, device)
         self.bad_step = torch.full((len(members),), -1, device=device)  # of the first bad loss
         self.loss_sum = torch.zeros(len(members), device=device)  # over the epoch's labelled rows
         self.rows_seen = torch.zeros((), device=device)
@@ -82,11 +86,8 @@ class Stack:
     def step(self, batch: Batch, index: int) -> None:
         """One training step on the operands at `index`."""
         labels, number = batch.labels[self.task.name], self.optimiser.steps
-        outputs = self.network(batch.operands[index], self._keep(labels, number))
-        loss = self.task.loss(outputs, labels, self.smoothing)  # (K,)
         self.optimiser.zero_gradient()
-        loss.sum().backward()
-        loss = loss.detach()
+        loss = self._backward(batch, index)
         newly_bad = ~loss.isfinite() & (self.bad_step < 0)
         rows = self.task.known(labels).sum()
         self.whole = False
@@ -96,27 +97,29 @@ class Stack:
         self.optimiser.step(self._rates[number - self._first_step], self.bad_step < 0)
         self.whole = True
 
-    def _keep(self, labels: Tensor, number: int) -> Tensor | None:
-        """Drop-path factors (K, sites, B): 0, or 1 / (1 - rate). None if no member drops.
+    def _backward(self, batch: Batch, index: int) -> Tensor:
+        """Losses (K,) of a batch, their gradients added to the members'."""
+        labels = batch.labels[self.task.name]
+        keep = self.drop_path.keep(self.optimiser.steps, self.network.drop_sites, len(labels))
+        outputs = self.network(batch.operands[index], keep)
+        loss = self.task.loss(outputs, labels, self.smoothing)
+        loss.sum().backward()
+        return loss.detach()
 
-        Each member's come from its own seed and the step's number.
-        """
-        sites = self.network.drop_sites
-        if sites == 0 or not self.drop_path.any():
-            return None
-        draws = torch.empty(len(self.members), sites, len(labels))
-        for draw, member in zip(draws, self.members, strict=True):
-            seed = (member.seed * 1_000_003 + 7919 * (number + 1)) % 2**63
-            draw.uniform_(generator=torch.Generator().manual_seed(seed))
-        rate = self.drop_path[:, None, None]
-        return ((draws >= rate).float() / (1 - rate)).to(labels.device)
+    def rehearse(self, batch: Batch, index: int) -> None:
+        """Take the memory that a step takes, and change nothing."""
+        self.network.train()
+        self._backward(batch, index)
+        self.optimiser.zero_gradient()
+        # what an update holds at its height: its root, itself, and a parameter's part of it
+        torch.empty(3 * self.optimiser.flat.numel(), device=self.loss_sum.device)
 
     def without(self, positions: set[int]) -> Stack | None:
-        """The stack less the members at `positions`: itself if there are none of them, None if none
-        is left."""
-        if not positions:
-            return self
+        """The stack less the members at `positions`: itself if it has none of them, None if none is
+        left."""
         left = [place for place, at in enumerate(self.positions) if at not in positions]
+        if len(left) == len(self.positions):
+            return self
         if not left:
             return None
         spec, settings, task, device, initial = self._made_of
@@ -125,19 +128,25 @@ class Stack:
         smaller.optimiser.take(self.optimiser, left)
         return smaller
 
-    def state(self) -> dict[str, Any]:
-        """All that a checkpoint needs, in the middle of an epoch too."""
+    def states(self) -> dict[int, dict[str, Any]]:
+        """All that a checkpoint needs, in the middle of an epoch too: each member's by position."""
+        sums = zip(self.bad_step.tolist(), self.loss_sum.tolist(), strict=True)
+        rows = self.rows_seen.item()
         return {
-            "positions": self.positions,
-            "optimiser": self.optimiser.state(),
-            **{name: getattr(self, name) for name in ("bad_step", "loss_sum", "rows_seen")},
+            position: {"optimiser": state, "bad_step": bad, "loss_sum": loss, "rows_seen": rows}
+            for position, state, (bad, loss) in zip(
+                self.positions, self.optimiser.states(), sums, strict=True
+            )
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`, after `begin_epoch`."""
-        self.optimiser.restore(state["optimiser"])
-        for name in ("bad_step", "loss_sum", "rows_seen"):
-            getattr(self, name).copy_(state[name])
+    def restore(self, states: Mapping[int, Mapping[str, Any]]) -> None:
+        """The inverse of `states`, after `begin_epoch`; the members may have been stacked otherwise
+        when they were taken."""
+        mine = [states[position] for position in self.positions]
+        self.optimiser.restore([state["optimiser"] for state in mine])
+        for name in ("bad_step", "loss_sum"):
+            getattr(self, name).copy_(torch.tensor([state[name] for state in mine]))
+        self.rows_seen.fill_(mine[0]["rows_seen"])  # the same of all: it depends on the task
 
 
 def make_members(methods: Sequence[str], axes: Mapping[str, Sequence[Any]]) -> tuple[Member, ...]:
@@ -211,8 +220,11 @@ def make_stacks(
     tasks: Mapping[str, Task],
     device: torch.device,
     initial: Mapping[str, Tensor] | None = None,
+    *,
+    at_once: int | None = None,
 ) -> list[Stack]:
-    """Group members by method, shape and task; on a CPU in stacks of a few, for its cores.
+    """Group members by method, shape and task; on a CPU in stacks of a few, for its cores, on a GPU
+    in stacks of up to `at_once`, for its memory.
 
     Every member's task is a key of `tasks`. `initial` is what `SideNetwork.start_from` may take.
     Raises SettingError and MissingTaps naming the member's method and the setting or the taps.
@@ -227,7 +239,8 @@ def make_stacks(
     for (method, settings, name), group in groups.items():
         task = tasks[name]
         own = replace(spec, classes=task.outputs)
-        most = METHODS[method].stacked_on_cpu if device.type == "cpu" else len(group)
+        on_gpu = at_once or len(group)
+        most = METHODS[method].stacked_on_cpu if device.type == "cpu" else on_gpu
         try:
             for first in range(0, len(group), most):
                 part = group[first : first + most]
@@ -254,6 +267,31 @@ def method_settings(member: Member) -> Settings:
         return settings_class(**member.settings)
     except ValueError as error:
         raise SettingError(f"{member.method}: {error}") from error
+
+
+def step_bytes(
+    stacks: Sequence[Stack], batches: Batches, held_out: Batches, batch_size: int
+) -> int:
+    """Bytes of a GPU's memory that training takes beside members and features; 0 on a CPU.
+
+    Measured, by a step and a look at held-out rows of each stack on blank batches: no formula
+    knows what the kernels of a release take. Raises torch.OutOfMemoryError.
+    """
+    if batches.device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(batches.device)
+    before = torch.cuda.memory_allocated(batches.device)
+    for place, stack in enumerate(stacks):
+        stack.rehearse(batches.blank(min(batch_size, len(batches))), place)
+        if len(held_out):
+            with torch.no_grad():
+                stack.network.eval()
+                size = min(EVAL_BATCH, len(held_out))
+                stack.network(held_out.blank(size).operands[place])
+    peak = torch.cuda.max_memory_allocated(batches.device) - before
+    torch.cuda.empty_cache()  # what torch keeps would not count as free
+    return peak + batches.row_bytes * batch_size  # the next batch is made before one is let go
 
 
 def score(

@@ -141,15 +141,15 @@ class Tally(ABC):
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
         """Count one batch: outputs (K, B, C), labels (B, …)."""
-        known = self.task.known(labels)
-        outputs, labels = outputs[:, known], labels[known]
-        self.n += len(labels)
-        self.sums[0] += self.task.losses(outputs, labels).double().sum(dim=1)
-        self._add(outputs, labels)
+        known = self.task.known(labels)  # a mask: to pick rows by it would wait for a GPU
+        self.n += known.sum()
+        losses = torch.where(known, self.task.losses(outputs, labels), 0.0)
+        self.sums[0] += losses.double().sum(dim=1)
+        self._add(outputs, labels, known)
 
     @abstractmethod
-    def _add(self, outputs: Tensor, labels: Tensor) -> None:
-        """Count what the kind of task needs beside the loss."""
+    def _add(self, outputs: Tensor, labels: Tensor, known: Tensor) -> None:
+        """Count what the kind of task needs beside the loss, of the `known` rows (B,)."""
 
     @abstractmethod
     def _values(self) -> list[dict[str, float]]:
@@ -166,9 +166,9 @@ class Tally(ABC):
 class ClassTally(Tally):
     """Top-1; top-5 counts a hit among the five best (all, with fewer classes)."""
 
-    def _add(self, outputs: Tensor, labels: Tensor) -> None:
+    def _add(self, outputs: Tensor, labels: Tensor, known: Tensor) -> None:
         best = outputs.topk(min(5, outputs.shape[-1]), dim=-1).indices  # (K, B, ≤5)
-        hits = best == labels[None, :, None]
+        hits = (best == labels[None, :, None]) & known[None, :, None]
         self.sums[1] += hits[..., 0].sum(dim=1)
         self.sums[2] += hits.any(dim=-1).sum(dim=1)
 
@@ -185,9 +185,10 @@ class ValueTally(Tally):
         self.outputs: list[Tensor] = []  # (K, B, C)
         self.labels: list[Tensor] = []
 
-    def _add(self, outputs: Tensor, labels: Tensor) -> None:
-        self.outputs.append(outputs.cpu())
-        self.labels.append(labels.cpu())
+    def _add(self, outputs: Tensor, labels: Tensor, known: Tensor) -> None:
+        known = known.cpu()
+        self.outputs.append(outputs.cpu()[:, known])
+        self.labels.append(labels.cpu()[known])
 
     def _values(self) -> list[dict[str, float]]:
         outputs, labels = torch.cat(self.outputs, dim=1).numpy(), torch.cat(self.labels).numpy()

@@ -18,7 +18,7 @@ from cache import NameMissing, Reader
 from pipeline.batches import Batches, labelled_rows
 from pipeline.checkpoint import TrainedMember
 from pipeline.config import TrainConfig
-from pipeline.device import pick_device, pick_precision
+from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
 from pipeline.images import Source
 from pipeline.members import EVAL_BATCH
@@ -50,6 +50,7 @@ def examine(
     return {"kind": task.kind, "rows": len(rows), **found}
 
 
+@without_tf32()
 def _predict(
     trained: TrainedMember, config: TrainConfig, reader: Reader, device: str, amp: bool | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

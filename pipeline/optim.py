@@ -8,7 +8,7 @@ that the moments take a few elementwise operations whatever the number of parame
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.config import Member
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+_STATE = ("flat", "mean", "square")  # parameters and their moments
 
 
 class MemberAdamW:
@@ -73,21 +74,29 @@ class MemberAdamW:
     def take(self, other: MemberAdamW, places: Sequence[int]) -> None:
         """Go on with the members at `places` of `other`: their parameters, moments and steps."""
         self.steps = other.steps
-        for name in ("flat", "mean", "square"):
+        for name in _STATE:
             blocks = zip(self._blocks(getattr(self, name)), other._blocks(getattr(other, name)),
                          strict=True)  # fmt: skip
             for mine, theirs in blocks:
                 mine.copy_(theirs[list(places)])
 
-    def state(self) -> dict[str, Any]:
-        """Parameters and moments, for a checkpoint."""
-        return {k: getattr(self, k) for k in ("flat", "mean", "square", "steps")}
+    def states(self) -> list[dict[str, Any]]:
+        """Each member's steps, parameters and moments, (its parameters,) each: for a checkpoint."""
+        copies = {name: self._blocks(getattr(self, name).cpu()) for name in _STATE}
+        return [
+            {"steps": self.steps}
+            | {name: torch.cat([block[k] for block in blocks]) for name, blocks in copies.items()}
+            for k in range(self._shapes[0][0])
+        ]
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`; the network's parameters follow, being views."""
-        self.steps = state["steps"]
-        for name in ("flat", "mean", "square"):
-            getattr(self, name).copy_(state[name])
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """The inverse of `states`; the network's parameters follow, being views."""
+        (self.steps,) = {state["steps"] for state in states}
+        for name in _STATE:
+            members = [state[name].split([size for _, size in self._shapes]) for state in states]
+            for block, parts in zip(self._blocks(getattr(self, name)), zip(*members, strict=True),
+                                    strict=True):  # fmt: skip
+                block.copy_(torch.stack(parts))
 
 
 def learning_rate(member: Member, epoch: float) -> float:

@@ -60,7 +60,7 @@ def predict(
     live = go_live(trained, weights=weights, device=chosen, amp=amp)
     out: list[Prediction] = []
     for start, outputs, failures in live.batches(source, batch_size=batch_size, workers=workers):
-        for row, output in enumerate(outputs, start):
+        for row, output in enumerate(outputs.cpu(), start):
             if row in failures:
                 out.append(Prediction(path=files[row], error=failures[row]))
             else:

@@ -1,14 +1,15 @@
 """Stage two: train the members of one pass from the cache alone. No backbone is loaded.
 
 All members see the same batches and nothing else is shared (see `members.py`), so a member trained
-among others is the member trained alone.
+among others is the member trained alone. How members are stacked depends on the device and its
+memory; what is saved of a member does not, so that a run goes on anywhere.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,25 @@ from pipeline import __version__
 from pipeline.batches import (
     Batch,
     Batches,
+    LabelledRows,
     choose_resident,
     feature_spec,
     initial_weights,
     labelled_rows,
     make_task,
 )
-from pipeline.checkpoint import CARD_VERSION, Run, environment, member_id, position_of
+from pipeline.checkpoint import CARD_VERSION, CHECKPOINT, Run, environment, member_id, position_of
 from pipeline.config import Member, TrainConfig
-from pipeline.device import name_of, pick_device, pick_precision, precision_name
+from pipeline.device import (
+    memory_explained,
+    name_of,
+    pick_device,
+    pick_precision,
+    precision_name,
+    without_tf32,
+)
 from pipeline.errors import RunError
-from pipeline.members import Stack, make_stacks, method_settings, score
+from pipeline.members import Stack, make_stacks, method_settings, score, step_bytes
 from pipeline.metrics import SCORES, Scores, Task, rank
 from pipeline.optim import learning_rate
 from pipeline.tensorboard import Events
@@ -37,6 +46,11 @@ from pipeline.workers import Workers
 
 CHECKPOINT_SECONDS = 30.0  # at least this long between checkpoints,
 CHECKPOINT_SHARE = 0.05  # and no more than this share of the time spent on writing them
+STEP_SHARE = 0.5  # of a GPU's free memory may go into a step, that features have some
+SMALLER = (
+    "--resident ram or disk keeps the features out of it; a smaller --batch-size, or fewer members "
+    "in one pass, make a step smaller"
+)
 TIMED_STEPS = 8  # after as many to warm up, before the pass says how long an epoch takes
 
 
@@ -141,6 +155,7 @@ Report = Callable[[Loading | Start | EpochDone | MemberStopped], None]
 Judge = Callable[[int, Mapping[str, float | None]], Collection[str]]
 
 
+@without_tf32()
 def train(
     config: TrainConfig, report: Report = lambda _: None, judge: Judge | None = None
 ) -> TrainResult:
@@ -151,36 +166,36 @@ def train(
     among members, never among epochs.
 
     After each epoch `judge(epoch, scores)` sees the validation score of each member that is still
-    learning and returns the ids of those to stop.
+    learning and returns the ids of those to stop. It may be asked about an epoch twice, if a run
+    is interrupted just then.
 
     Raises cache errors for the cache, RunError for the run directory, SettingError, MissingTaps,
-    DeviceError. Leaves a checkpoint behind on KeyboardInterrupt.
+    DeviceError, also for a GPU whose memory is full. Leaves a checkpoint behind on
+    KeyboardInterrupt.
     """
     begin = time.perf_counter()
     device = pick_device(config.device)
     dtype = pick_precision(device, config.amp)
-    with Reader(config.cache) as reader:
+    with Reader(config.cache) as reader, memory_explained(SMALLER):
         config = replace(config, members=tuple(_resolved(m, reader) for m in config.members))
         names = list(dict.fromkeys(member.task for member in config.members))
         train_rows = labelled_rows(reader, config.train_split, names)
         val_rows = labelled_rows(reader, config.val_split, names)
         tasks = {name: make_task(reader.target(name), train_rows) for name in names}
-        spec = feature_spec(reader, 1, config.taps)
-        stacks = make_stacks(config.members, spec, tasks, device, initial_weights(reader))
+        learning = _assemble(config, reader, tasks, train_rows, val_rows, device, dtype)
         run = Run(config.out)
         facts = {
             **environment(),
             "fingerprint": reader.fingerprint,
             "device": name_of(device),
             "precision": precision_name(dtype),
+            "tf32": False,  # see `without_tf32`
         }
         checkpoint = run.begin(config, facts)
         if run.finished:
             return _finished(run, config, tasks)
-        networks = [stack.network for stack in stacks]
-        batches = Batches(reader, train_rows, networks, device=device, dtype=dtype)
-        held_out = Batches(reader, val_rows, networks, device=device, dtype=dtype)
-        resident = _make_resident(config, device, batches, held_out, report)
+        resident = _make_resident(config, device, learning, report)
+        batches, held_out = learning.batches, learning.held_out
         start = {
             "train_rows": len(train_rows),
             "val_rows": len(val_rows),
@@ -190,16 +205,16 @@ def train(
             "device": facts["device"],
             "precision": facts["precision"],
         }
-        with Workers(len(stacks), device) as workers:
-            trainer = _Pass(config, stacks, batches, held_out, run, workers, report, judge)
-            trainer.begin, trainer.start, trainer.card = begin, start, _shared_card(reader)
+        with Workers(len(learning.stacks), device) as workers:
+            trainer = _Pass(config, learning, run, workers, report, judge, begin=begin,
+                            start=start, card=_shared_card(reader))  # fmt: skip
             if checkpoint:
                 trainer.restore(checkpoint)
-            first = trainer.epochs_done
+            first = trainer.done.epochs
             trainer.run_epochs()
         members = trainer.results()
         run.finish([_row(result) for result in members], trainer.full_cost(reader))
-    trained = trainer.epochs_done - first
+    trained = trainer.done.epochs - first
     return TrainResult(
         run=str(run.path),
         seconds=time.perf_counter() - begin,
@@ -209,95 +224,168 @@ def train(
     )
 
 
+@dataclass
+class _Learning:
+    """The members of a pass, stacked, and what they learn from. A stack that has ended leaves it,
+    and with it the memory."""
+
+    stacks: list[tuple[int, Stack]]  # with the number of its operands in a batch
+    batches: Batches
+    held_out: Batches
+    step_bytes: int  # of a GPU's memory that training takes beside members and features
+
+
+def _assemble(
+    config: TrainConfig,
+    reader: Reader,
+    tasks: Mapping[str, Task],
+    train_rows: LabelledRows,
+    val_rows: LabelledRows,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> _Learning:
+    """Members in stacks as large as a GPU's memory allows: a step takes no more than STEP_SHARE of
+    what is free, unless a single member does."""
+    spec, initial = feature_spec(reader, 1, config.taps), initial_weights(reader)
+    at_once = len(config.members)
+
+    def stacked() -> _Learning | None:
+        stacks = make_stacks(config.members, spec, tasks, device, initial, at_once=at_once)
+        networks = [stack.network for stack in stacks]
+        batches = Batches(reader, train_rows, networks, device=device, dtype=dtype)
+        held_out = Batches(reader, val_rows, networks, device=device, dtype=dtype)
+        try:
+            needed = step_bytes(stacks, batches, held_out, config.batch_size)
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                raise
+            return None
+        if needed and at_once > 1 and needed > STEP_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return None
+        return _Learning(list(enumerate(stacks)), batches, held_out, needed)
+
+    while (learning := stacked()) is None:  # what did not fit is gone by then
+        at_once //= 2
+    return learning
+
+
 def _resolved(member: Member, reader: Reader) -> Member:
     """With every default written out."""
     settings = vars(method_settings(member))
     return replace(member, settings=settings, task=reader.target(member.task or None).name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    """What is behind a pass: replaced as a whole after each epoch, so that an interrupt finds an
+    epoch done or not done."""
+
+    epochs: int = 0
+    history: tuple[dict[str, Any], ...] = ()  # the lines of metrics.jsonl
+    stopped: Mapping[int, str] = field(default_factory=dict)  # why, of members that left early
+
+
 class _Pass:
     """The epochs of one pass over the cache: which members are still in it, and how they do."""
-
-    begin: float  # of this call
-    start: dict[str, Any]  # what `Start` tells beside the pace
-    card: dict[str, Any]  # what all members' adapter_config.json say alike
 
     def __init__(
         self,
         config: TrainConfig,
-        stacks: list[Stack],
-        batches: Batches,
-        held_out: Batches,
+        learning: _Learning,
         run: Run,
         workers: Workers,
         report: Report,
         judge: Judge | None,
+        *,
+        begin: float,  # of this call
+        start: Mapping[str, Any],  # what `Start` tells beside the pace
+        card: Mapping[str, Any],  # what all members' adapter_config.json say alike
     ) -> None:
         self.config, self.run, self.workers = config, run, workers
         self.report, self.judge = report, judge
-        self.batches, self.held_out = batches, held_out
-        self.stacks = list(enumerate(stacks))  # with the place of their operands in a batch
-        self.all_stacks = stacks
+        self.begin, self.start, self.card = begin, start, card
+        self.learning = learning
+        self.batches, self.held_out = learning.batches, learning.held_out
+        self.known = {  # of every member, also when it has left
+            position: (stack.task, stack.parameters)
+            for _, stack in learning.stacks
+            for position in stack.positions
+        }
         self.epochs = max(member.epochs for member in config.members)
-        self.steps = -(-len(batches) // config.batch_size)  # an epoch
-        self.epochs_done = 0
+        self.steps = -(-len(self.batches) // config.batch_size)  # an epoch
+        self.done = _Done()
         self.seconds = 0.0  # in training steps and validation of this call
         self.spent = {"seconds": 0.0, "bytes_read": 0}  # by earlier calls
         self.saved, self.save_cost = time.perf_counter(), 0.0
-        self.history: list[dict[str, Any]] = []
         self.scores: dict[int, Scores] = {}
-        self.stopped: dict[int, str] = {}  # why, of members that left before their last epoch
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where a checkpoint was taken: within an epoch or at its end, on any device.
+
+        Raises RunError for a checkpoint of an earlier version.
+        """
+        if "members" not in checkpoint:
+            raise RunError(
+                f"{self.run.path}: its {CHECKPOINT} was written by an earlier version of this "
+                f"program, which cannot be continued. Delete that file, and the same command "
+                f"trains from the first epoch."
+            )
+        members, epochs = checkpoint["members"], checkpoint["epochs_done"]
+        history = tuple(checkpoint["history"])
+        self.done = _Done(epochs=epochs, history=history, stopped=checkpoint["stopped"])
         self.spent = checkpoint["cost"]
-        self.epochs_done = checkpoint["epochs_done"]
-        self.stopped = checkpoint["stopped"]
-        self.history = [m for m in checkpoint["history"] if m["epoch"] <= self.epochs_done]
-        stacks = []
-        for place, state in checkpoint["stacks"]:
-            whole = self.all_stacks[place]
-            stack = whole.without(set(whole.positions) - set(state["positions"]))
-            assert stack is not None, "a checkpoint holds no empty stack"
-            stack.begin_epoch(self.epochs_done, self.steps)
-            stack.restore(state)
-            stacks.append((place, stack))
-        self.stacks = stacks
         for position, values in checkpoint["scores"].items():
             self.scores[position] = Scores(**values)
+        self._leave(set(self.known) - set(members))
+        for _, stack in self.learning.stacks:
+            stack.begin_epoch(epochs, self.steps)
+            stack.restore(members)
+        self._retire()  # an interrupt may have come just before
 
     def run_epochs(self) -> None:
-        self.run.write_metrics(self.history)
+        self.run.write_metrics(self.done.history)
         ids = [member_id(position) for position in range(len(self.config.members))]
-        with Events(self.run.path, ids, self.epochs_done) as events:
-            for epoch in range(self.epochs_done, self.epochs):
-                if not self.stacks:
+        with Events(self.run.path, ids, self.done.epochs) as events:
+            for epoch in range(self.done.epochs, self.epochs):
+                if not self.learning.stacks:
                     break
-                begin = time.perf_counter()
                 try:
-                    self._train_epoch(epoch)
-                    self._validate()
+                    self._run_epoch(epoch, events)
                 except KeyboardInterrupt:
                     self._save_checkpoint()
                     raise
-                lines = self._lines(epoch)
-                self.seconds += time.perf_counter() - begin
-                self.history += lines
-                self.epochs_done = epoch + 1
-                self.run.append_metrics(lines)
-                events.add(lines)
-                self._report_epoch(lines)
-                self._stop_members()
-                self._retire()
+
+    def _run_epoch(self, epoch: int, events: Events) -> None:
+        """Train, validate, tell, and let members go.
+
+        An interrupt may come anywhere. What is before `self.done` is replaced is then done again
+        from the checkpoint, where it changes nothing; `restore` makes up for the rest.
+        """
+        begin = time.perf_counter()
+        self._train_epoch(epoch)
+        self._validate()
+        lines = self._lines(epoch)
+        stopped = {**self.done.stopped, **self._stopping(epoch + 1)}
+        self.seconds += time.perf_counter() - begin
+        self.run.append_metrics(lines)
+        events.add(lines)
+        before, history = self.done, (*self.done.history, *lines)
+        self.done = _Done(epochs=epoch + 1, history=history, stopped=stopped)
+        self._report_epoch(lines)
+        for position in sorted(stopped.keys() - before.stopped.keys()):
+            reason = stopped[position]
+            self.report(MemberStopped(id=member_id(position), epoch=epoch + 1, reason=reason))
+        self._retire()
 
     def _train_epoch(self, epoch: int) -> None:
         generator = torch.Generator().manual_seed(self.config.order_seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.batches), generator=generator)
-        stacks = self.stacks
+        stacks = self.learning.stacks
         done = stacks[0][1].optimiser.steps - epoch * self.steps  # above 0 if a killed run goes on
         if done == 0:
             for _, stack in stacks:
                 stack.begin_epoch(epoch, self.steps)
-        clock = _Pace(self.steps - done, enabled=not self.seconds)
+        clock = _Pace(self.steps - done, self.batches.device, enabled=not self.seconds)
         size = self.config.batch_size
         for step, batch in enumerate(self.batches.epoch(size, order[done * size :])):
 
@@ -317,9 +405,9 @@ class _Pass:
         self.report(
             Start(
                 members=len(self.config.members),
-                parameters=sum(s.parameters * len(s.members) for s in self.all_stacks),
+                parameters=sum(parameters for _, parameters in self.known.values()),
                 seconds_per_epoch=seconds_per_epoch,
-                epochs_done=self.epochs_done,
+                epochs_done=self.done.epochs,
                 epochs=self.epochs,
                 **self.start,
             )
@@ -328,14 +416,15 @@ class _Pass:
     def _validate(self) -> None:
         if not len(self.held_out):
             return
-        networks = [(place, stack.network, stack.task) for place, stack in self.stacks]
+        stacks = self.learning.stacks
+        networks = [(place, stack.network, stack.task) for place, stack in stacks]
         scores = score(networks, self.held_out, self.workers)
-        for (_, stack), values in zip(self.stacks, scores, strict=True):
+        for (_, stack), values in zip(stacks, scores, strict=True):
             self.scores.update(zip(stack.positions, values, strict=True))
 
     def _lines(self, epoch: int) -> list[dict[str, Any]]:
         lines: dict[int, dict[str, Any]] = {}
-        for _, stack in self.stacks:
+        for _, stack in self.learning.stacks:
             of_stack = zip(stack.positions, stack.members, stack.train_loss, strict=True)
             for position, member, loss in of_stack:
                 lines[position] = {
@@ -347,14 +436,14 @@ class _Pass:
                 }
         return [lines[position] for position in sorted(lines)]
 
-    def _report_epoch(self, lines: list[dict[str, Any]]) -> None:
-        task = self.all_stacks[0].task
+    def _report_epoch(self, lines: Sequence[dict[str, Any]]) -> None:
+        task, _ = self.known[0]
         same = [p for p, member in enumerate(self.config.members) if member.task == task.name]
         scores = [self.scores[p].score for p in same if p in self.scores]
         losses = [line["train_loss"] for line in lines if line["train_loss"] is not None]
         self.report(
             EpochDone(
-                epoch=self.epochs_done,
+                epoch=self.done.epochs,
                 epochs=self.epochs,
                 members=len(lines),
                 train_loss=min(losses) if losses else float("nan"),
@@ -364,67 +453,73 @@ class _Pass:
             )
         )
 
-    def _stop_members(self) -> None:
-        """Note who leaves before its last epoch: a loss that is not finite, or the judge."""
-        for _, stack in self.stacks:
-            for position, step in zip(stack.positions, stack.bad_step.tolist(), strict=True):
+    def _stopping(self, epochs: int) -> dict[int, str]:
+        """Who leaves after so many epochs, before its last, and why: its loss, or the judge."""
+        stopping: dict[int, str] = {}
+        learning: dict[str, float | None] = {}
+        for _, stack in self.learning.stacks:
+            steps = zip(stack.positions, stack.members, stack.bad_step.tolist(), strict=True)
+            for position, member, step in steps:
                 if step >= 0:
-                    self._stop(position, f"loss not finite at step {step}")
-        if self.judge is None:
-            return
-        learning = {
-            member_id(position): self.scores[position].score if position in self.scores else None
-            for _, stack in self.stacks
-            for position, member in zip(stack.positions, stack.members, strict=True)
-            if position not in self.stopped and member.epochs > self.epochs_done
-        }
-        for name in self.judge(self.epochs_done, learning) if learning else ():
-            self._stop(position_of(name), f"pruned after epoch {self.epochs_done}")
-
-    def _stop(self, position: int, reason: str) -> None:
-        self.stopped[position] = reason
-        self.report(MemberStopped(id=member_id(position), epoch=self.epochs_done, reason=reason))
+                    stopping[position] = f"loss not finite at step {step}"
+                elif member.epochs > epochs:
+                    known = self.scores.get(position)
+                    learning[member_id(position)] = None if known is None else known.score
+        if self.judge is not None and learning:
+            for name in self.judge(epochs, learning):
+                stopping[position_of(name)] = f"pruned after epoch {epochs}"
+        return stopping
 
     def _retire(self) -> None:
-        """Save the members that have ended and take them out of their stacks."""
-        left = []
-        for place, stack in self.stacks:
-            ended = {
-                position
-                for position, member in zip(stack.positions, stack.members, strict=True)
-                if position in self.stopped or member.epochs <= self.epochs_done
-            }
-            for position in ended:
-                at = stack.positions.index(position)
+        """Save the members that have ended and let them go."""
+        ended = set()
+        for _, stack in self.learning.stacks:
+            for place, (position, member) in enumerate(
+                zip(stack.positions, stack.members, strict=True)
+            ):
+                if position not in self.done.stopped and member.epochs > self.done.epochs:
+                    continue
                 card = {
-                    "method": stack.members[at].method,
+                    "method": member.method,
                     "settings": vars(stack.settings),
                     "target": stack.task.to_dict(),
                     **self.card,
                 }
-                self.run.save_member(member_id(position), stack.network, at, card)
-            rest = stack.without(ended)
-            if rest is not None:
-                left.append((place, rest))
-        self.stacks = left
+                self.run.save_member(member_id(position), stack.network, place, card)
+                ended.add(position)
+        self._leave(ended)
+
+    def _leave(self, positions: set[int]) -> None:
+        """Go on without these members: what only they needed is computed, read and kept no more."""
+        if not positions:
+            return
+        learning = self.learning
+        rests = [(place, stack.without(positions)) for place, stack in learning.stacks]
+        learning.stacks = [(place, rest) for place, rest in rests if rest is not None]
+        networks = {place: stack.network for place, stack in learning.stacks}
+        for part in (learning.batches, learning.held_out):
+            part.narrow(networks)
 
     def _save_checkpoint(self) -> None:
         """Unless an interrupt tore a step, or came between those of two stacks: then the last
         checkpoint stands."""
         self.workers.finish()
-        stacks = [stack for _, stack in self.stacks]
+        stacks = [stack for _, stack in self.learning.stacks]
         if len({stack.optimiser.steps for stack in stacks}) != 1 or not all(
             stack.whole for stack in stacks
         ):
             return
-        begin = time.perf_counter()
+        begin, done = time.perf_counter(), self.done
+        members = {
+            position: state for stack in stacks for position, state in stack.states().items()
+        }
         self.run.save_checkpoint(
             {
-                "epochs_done": self.epochs_done,
-                "history": self.history,
-                "stopped": self.stopped,
+                "epochs_done": done.epochs,
+                "history": list(done.history),
+                "stopped": dict(done.stopped),
                 "scores": {position: vars(scores) for position, scores in self.scores.items()},
-                "stacks": [(place, stack.state()) for place, stack in self.stacks],
+                "members": members,
                 "cost": self.cost(),
             }
         )
@@ -446,7 +541,7 @@ class _Pass:
         return {
             **cost,
             "rows": rows,
-            "images_per_second": rows * self.epochs_done / cost["seconds"],
+            "images_per_second": rows * self.done.epochs / cost["seconds"],
             "members": members,
             "seconds_per_member": cost["seconds"] / members,
             "cache_bytes": reader.manifest.nbytes,
@@ -455,26 +550,28 @@ class _Pass:
 
     def results(self) -> list[MemberResult]:
         """One a member, in order."""
-        results: dict[int, MemberResult] = {}
-        for stack in self.all_stacks:
-            for position, member in zip(stack.positions, stack.members, strict=True):
-                results[position] = MemberResult(
+        results = []
+        for position, member in enumerate(self.config.members):
+            task, parameters = self.known[position]
+            results.append(
+                MemberResult(
                     id=member_id(position),
                     method=member.method,
                     settings=member.all_settings,
-                    parameters=stack.parameters,
-                    metric=f"val_{stack.task.metric}",
-                    scores=_columns(stack.task, self.scores.get(position)),
-                    stopped=self.stopped.get(position),
+                    parameters=parameters,
+                    metric=f"val_{task.metric}",
+                    scores=_columns(task, self.scores.get(position)),
+                    stopped=self.done.stopped.get(position),
                 )
-        return [results[position] for position in sorted(results)]
+            )
+        return results
 
 
 class _Pace:
     """Times a few steps after warm-up and says once how long an epoch will take."""
 
-    def __init__(self, steps: int, *, enabled: bool) -> None:
-        self.steps, self.enabled = steps, enabled
+    def __init__(self, steps: int, device: torch.device, *, enabled: bool) -> None:
+        self.steps, self.device, self.enabled = steps, device, enabled
         self.first = min(TIMED_STEPS, steps // 2)
         self.last = min(2 * TIMED_STEPS, steps) - 1
         self.begin = time.perf_counter()
@@ -483,22 +580,24 @@ class _Pace:
         if not self.enabled:
             return None
         if step + 1 == self.first:
-            self.begin = time.perf_counter()
+            self.begin = self._now()
         if step == self.last:
             timed = self.last + 1 - self.first
-            return (time.perf_counter() - self.begin) / timed * self.steps
+            return (self._now() - self.begin) / timed * self.steps
         return None
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":  # twice a run; else it would time how fast work is handed on
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def _make_resident(
-    config: TrainConfig,
-    device: torch.device,
-    batches: Batches,
-    held_out: Batches,
-    report: Report,
+    config: TrainConfig, device: torch.device, learning: _Learning, report: Report
 ) -> str:
-    both = [part for part in (batches, held_out) if len(part)]
-    resident = choose_resident(config.resident, sum(part.nbytes for part in both), device)
+    both = [part for part in (learning.batches, learning.held_out) if len(part)]
+    nbytes = sum(part.nbytes for part in both)
+    resident = choose_resident(config.resident, nbytes, device, learning.step_bytes)
     if resident == "disk":
         return resident
     total, before = sum(len(part) for part in both), 0

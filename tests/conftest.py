@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import live
+from pipeline import device, live
 from pipeline.backbone import Backbone
 from pipeline.config import ExtractConfig, Member, TrainConfig
 from pipeline.extract import extract
@@ -29,6 +30,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--real-data", help="folder with real image sets and weights/, for slow checks"
     )
+    parser.addoption(
+        "--bfloat16",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="what precision to choose where nothing asks for one: as on a processor with bfloat16 "
+        "hardware, or without (in this process; commands that tests start see the real processor)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    forced = config.getoption("--bfloat16")
+    if forced != "auto":
+        device._cpu_has_bfloat16 = lambda: forced == "on"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was skipped, and why: a line that stands beside the counts."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+    )
+    told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    terminalreporter.write_line(f"skipped: {told or 'nothing'}")
 
 
 @pytest.fixture
@@ -90,6 +114,24 @@ def zarr_cache(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images' cache, where one format is enough."""
     out = tmp_path_factory.mktemp("cache") / "features.zarr"
     extract(extract_config(images, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def tasks_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Painted images with a colour, marks that follow from it, and a number; some have none."""
+    folder = paint(tmp_path_factory.mktemp("tasks"), train=8, val=4)
+    lines = ["path,label:colour,labels:marks,value:warmth,split"]
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        colour, split = path.parent.name, path.parent.parent.name
+        marks = {"red": "warm;bright", "green": "bright", "blue": "-"}[colour]
+        warmth = {"red": "30", "green": "20", "blue": "-10"}[colour]
+        if number % 7 == 0:
+            colour = ""
+        lines.append(f"{path.relative_to(folder)},{colour},{marks},{warmth},{split}")
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    out = tmp_path_factory.mktemp("cache") / "tasks.zarr"
+    extract(extract_config(folder / "list.csv", out))
     return out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.side.contract import member_parameter, zero_parameter
-from pipeline.side.layers import ConstantProduct
+from pipeline.side.layers import ConstantProduct, fused_attention
 
 Block = Mapping[str, Any]  # one description of `pipeline.blocks.describe`
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -164,8 +164,7 @@ class ViTBlock(SideBlock):
             out = torch.softmax(q @ k.mT + added, dim=-1).to(products) @ v
         elif q.is_cuda:
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))  # (K N, H, T, e): fused kernels
-            out = functional.scaled_dot_product_attention(q, k, v, scale=1.0)
-            out = out.unflatten(0, x.shape[:2])  # (K, N, H, T, e)
+            out = fused_attention(q, k, v).unflatten(0, x.shape[:2])  # (K, N, H, T, e)
         else:
             flat = (part.flatten(0, 2) for part in (q, k, v))  # each (K N H, T, e)
             out = LeanAttention.apply(*flat).view_as(q)

@@ -1,4 +1,4 @@
-"""Layers that several side networks share: pooling, the frozen norm, the head, and one product."""
+"""Layers that several side networks share: pooling, the frozen norm, the head, two products."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.side.contract import FeatureSpec, TokenShape, member_parameter, zero_parameter
 
 LN_EPS = 1e-6  # ours: timm's ViTs use it throughout
+MOST_BLOCKS = 2**16 - 1  # of a CUDA grid along the axes that fused attention gives to its batch
 
 
 def pool_tokens(tokens: Tensor, how: str, prefix_tokens: int) -> Tensor:
@@ -29,6 +30,17 @@ def check_pool(how: str, shape: TokenShape) -> None:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The precision for sums and narrow operands beside products in `dtype`."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T) v by torch's fused kernels: (N, H, T, e) each, q scaled already.
+
+    N counts members times images, and some kernels fail above MOST_BLOCKS of them (pytorch issues
+    142228 and 146704; it depends on the release): more are computed one part after the other.
+    """
+    parts = zip(q.split(MOST_BLOCKS), k.split(MOST_BLOCKS), v.split(MOST_BLOCKS), strict=True)
+    done = [nn.functional.scaled_dot_product_attention(*part, scale=1.0) for part in parts]
+    return done[0] if len(done) == 1 else torch.cat(done)
 
 
 class FrozenNorm(nn.Module):

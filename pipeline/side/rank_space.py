@@ -44,7 +44,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.side.layers import LN_EPS, wide
+from pipeline.side.layers import LN_EPS, fused_attention, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,9 @@ class Plan:
     def sharpness(self, like: Tensor) -> Tensor:
         """Factors (3R) of queries, keys and values."""
         scale = (self.rank // self.heads) ** -0.5
-        return like.new_tensor([scale] * self.rank + [1.0] * 2 * self.rank)
+        ones = like.new_ones(3 * self.rank)  # a list would be a copy that waits for a GPU
+        ones[: self.rank] = scale
+        return ones
 
     def matrices(self, projections: Tensor, ups: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """What each state is multiplied with, (K, rows, D)."""
@@ -447,19 +449,19 @@ class Attention:
         """Softmax before its division, (G, t, T), and its sums, (G, 1, t) in float32."""
         scores = self.q.mT @ self.k
         weights = scores.exp()
-        total = weights.sum(dim=-1)
+        sums = wide(weights.dtype)  # of bfloat16 they would be off by 0.15 % on average
+        total = weights.sum(dim=-1, dtype=sums)
         least, most = torch.aminmax(total)
         limit = torch.finfo(weights.dtype).max ** 0.25
         if not (least > 1 / limit and most < limit):
             weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
-            total = weights.sum(dim=-1)
-        return weights, total[:, None].to(wide(total.dtype))
+            total = weights.sum(dim=-1, dtype=sums)
+        return weights, total[:, None]
 
     @staticmethod
     def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (part.mT[:, None].contiguous() for part in (q, k, v))  # (batch, heads, T, d)
-        out = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return out[:, 0].mT
+        return fused_attention(q, k, v)[:, 0].mT
 
     def _fused_backward(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (part.detach().requires_grad_() for part in (self.q, self.k, self.v))

@@ -22,6 +22,8 @@ from pipeline.side import FeatureSpec, TokenShape
 from pipeline.side.layers import FrozenNorm, pool_tokens
 from pipeline.taps import parse_taps
 
+pytestmark = pytest.mark.numerics
+
 CPU = torch.device("cpu")
 KINDS = {  # name → prefix tokens
     "vit_tiny_patch16_224": 1,

@@ -29,6 +29,8 @@ from pipeline.side import FeatureSpec, TokenShape
 from pipeline.side.ladder import LST, LSTSettings, keep_layers
 from pipeline.side.ladder_blocks import KINDS, LeanAttention, SideBlock
 
+pytestmark = pytest.mark.numerics
+
 LAYER = {"kind": "layer", "eps": 1e-6, "bias": True}
 RMS = {"kind": "rms", "eps": 1e-6, "bias": False}
 NO_BIAS = {"qkv_bias": False, "proj_bias": False, "fc1_bias": False, "fc2_bias": False}

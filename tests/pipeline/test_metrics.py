@@ -14,6 +14,8 @@ from torch.nn import functional
 from pipeline.metrics import Task, average_precision, mean_average_precision, rank
 from pipeline.proposals import TrialDone
 
+pytestmark = pytest.mark.numerics
+
 CPU = torch.device("cpu")
 CLASS = Task(name="colour", kind="class", classes=("a", "b", "c", "d", "e", "f"))
 MULTILABEL = Task(name="marks", kind="multilabel", classes=("x", "y", "z"))

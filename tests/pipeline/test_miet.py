@@ -16,6 +16,8 @@ from pipeline.side.gather import Gather, found_among
 from pipeline.side.last import LAST, LASTSettings
 from pipeline.side.miet import MIET, MIETSettings
 
+pytestmark = pytest.mark.numerics
+
 MakeSpec = Callable[..., FeatureSpec]
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from pipeline.config import Member
 from pipeline.optim import MemberAdamW, learning_rate
 
+pytestmark = pytest.mark.numerics
+
 
 class Toy(nn.Module):
     def __init__(self, members: int) -> None:

@@ -14,6 +14,8 @@ from pipeline.side import FeatureSpec
 from pipeline.side.attentive import Attentive, AttentiveSettings
 from pipeline.side.linear import Linear, LinearSettings
 
+pytestmark = pytest.mark.numerics
+
 MakeSpec = Callable[..., FeatureSpec]
 
 

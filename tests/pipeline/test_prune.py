@@ -18,6 +18,8 @@ from pipeline.prune import Importance, fisher, fit_probe, ladder_tables, magnitu
 from pipeline.side import FeatureSpec, TokenShape
 from pipeline.side.ladder import LST, LSTSettings
 
+pytestmark = pytest.mark.numerics
+
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "layer scale, qk-norm": {"init_values": 1e-5, "qk_norm": True},

@@ -16,6 +16,8 @@ from pipeline.side import METHODS, FeatureSpec, SideNetwork
 from pipeline.side.last import LAST, LASTSettings
 from pipeline.side.rank_space import Attention, Plan
 
+pytestmark = pytest.mark.numerics
+
 MakeSpec = Callable[..., FeatureSpec]
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("linear", {}),
@@ -422,3 +424,12 @@ def test_class_token_pool_needs_a_class_token(make_spec: MakeSpec) -> None:
         if "pool" in method.settings_class.__dataclass_fields__:
             with pytest.raises(ValueError, match="no class token"):
                 method(spec, method.settings_class(pool="cls"), [0])  # type: ignore[call-arg]
+
+
+def test_attention_in_bfloat16_divides_by_the_exact_sum() -> None:
+    """On a CPU the weights are bfloat16, their sum over 197 tokens is not."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 16, 197, generator=generator).bfloat16() for _ in range(3))
+    weights, total = Attention(q, k, v)._weights()
+    assert weights.dtype == torch.bfloat16 and total.dtype == torch.float32
+    torch.testing.assert_close(total[:, 0], weights.double().sum(dim=-1).float(), rtol=1e-6, atol=0)

@@ -18,6 +18,8 @@ from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.train import train
 
+pytestmark = pytest.mark.numerics
+
 CPU = torch.device("cpu")
 SWIN, CONVNEXT, RESNET = "swin_tiny_patch4_window7_224", "test_convnext", "resnet18"
 

@@ -27,24 +27,6 @@ TASKS = ("colour", "marks", "warmth")
 KINDS = {"colour": "val_top1", "marks": "val_map", "warmth": "val_r2"}
 
 
-@pytest.fixture(scope="module")
-def tasks_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Painted images with a colour, marks that follow from it, and a number; some have none."""
-    folder = paint(tmp_path_factory.mktemp("tasks"), train=8, val=4)
-    lines = ["path,label:colour,labels:marks,value:warmth,split"]
-    for number, path in enumerate(sorted(folder.rglob("*.png"))):
-        colour, split = path.parent.name, path.parent.parent.name
-        marks = {"red": "warm;bright", "green": "bright", "blue": "-"}[colour]
-        warmth = {"red": "30", "green": "20", "blue": "-10"}[colour]
-        if number % 7 == 0:
-            colour = ""
-        lines.append(f"{path.relative_to(folder)},{colour},{marks},{warmth},{split}")
-    (folder / "list.csv").write_text("\n".join(lines) + "\n")
-    out = tmp_path_factory.mktemp("cache") / "tasks.zarr"
-    extract(extract_config(folder / "list.csv", out))
-    return out
-
-
 def of_task(name: str) -> Member:
     return dataclasses.replace(LAST, task=name, epochs=20)
 

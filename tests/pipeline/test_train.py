@@ -20,6 +20,7 @@ from conftest import extract_config, train_config
 from safetensors.torch import load_file
 
 from cache import NameMissing
+from pipeline.batches import Batches
 from pipeline.checkpoint import Run
 from pipeline.config import Member, TrainConfig, cross, read_yaml
 from pipeline.errors import BackboneError, DeviceError, MissingTaps, RunError, SettingError
@@ -28,7 +29,7 @@ from pipeline.extract import extract
 from pipeline.members import make_members
 from pipeline.predict import predict
 from pipeline.side import METHODS
-from pipeline.train import EpochDone, MemberStopped, Start, train
+from pipeline.train import EpochDone, MemberStopped, Start, _Pass, train
 from pipeline.workers import Workers
 
 LAST = Member(method="last", epochs=4, warmup_epochs=1, drop_path=0.2, settings={"rank": 4})
@@ -178,7 +179,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
         train(config, stop)
     with pytest.raises(RunError, match="not finished; the same `train` command continues it"):
         evaluate(tmp_path / "broken", device="cpu")
-    assert train(config).epochs_trained == 2
+    assert train(config).epochs_trained == 1  # the epoch that was told of is not lost
     assert_same(tmp_path / "whole", tmp_path / "broken")
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "broken")]
     assert metrics[0] == metrics[1]
@@ -214,6 +215,97 @@ def test_an_interrupt_loses_no_step(
         assert_same(tmp_path / "whole", tmp_path / "broken", member)
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "broken")]
     assert metrics[0] == metrics[1]
+
+
+ENDINGS = ("_validate", "_lines", "_stopping", "_report_epoch", "_retire", "_leave")
+
+
+@pytest.mark.parametrize("moment", [*ENDINGS, "append_metrics", "save_member"])
+def test_an_interrupt_at_the_end_of_an_epoch_loses_nothing(
+    zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Ctrl-C between validation and the next epoch, one member being stopped and one ending."""
+    members = (LAST, LINEAR, dataclasses.replace(LAST, epochs=2, seed=3))
+
+    def judge(epoch: int, scores: Any) -> list[str]:
+        return ["m1"] if epoch == 2 else []
+
+    train(train_config(zarr_cache, tmp_path / "whole", *members), judge=judge)
+    owner = _Pass if moment in ENDINGS else Run
+    real, calls = getattr(owner, moment), itertools.count(1)
+
+    def interrupting(*arguments: Any) -> Any:
+        result = real(*arguments)
+        if next(calls) == (1 if moment == "save_member" else 2):
+            raise KeyboardInterrupt
+        return result
+
+    config = train_config(zarr_cache, tmp_path / "broken", *members)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, judge=judge)
+    result = train(config, judge=judge)
+    assert result.epochs_trained <= 3  # of four: the first two epochs' steps are kept
+    assert [member.stopped for member in result.members] == [None, "pruned after epoch 2", None]
+    for member in ("m0", "m1", "m2"):
+        assert_same(tmp_path / "whole", tmp_path / "broken", member)
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "broken")]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("resident", ["ram", "disk"])
+def test_a_member_that_has_ended_is_not_read_or_computed_for(
+    zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: str
+) -> None:
+    """LAST for two epochs, linear for four: the last two cost what linear alone costs."""
+    costs: list[tuple[int, int]] = []
+    real_make, real_epoch, made = Batches._make, _Pass._train_epoch, [0]
+
+    def make(self: Any, stored: Any) -> Any:
+        out = real_make(self, stored)
+        made[0] += sum(t.numel() * t.element_size() for o in out.values() for t in o.values())
+        return out
+
+    def epoch(self: Any, number: int) -> None:
+        before = self.batches.bytes_read, made[0]
+        real_epoch(self, number)
+        costs.append((self.batches.bytes_read - before[0], made[0] - before[1]))
+
+    monkeypatch.setattr(Batches, "_make", make)
+    monkeypatch.setattr(_Pass, "_train_epoch", epoch)
+    short = dataclasses.replace(LAST, epochs=2)
+    train(train_config(zarr_cache, tmp_path / "both", short, LINEAR, resident=resident))
+    both = list(costs)
+    costs.clear()
+    train(train_config(zarr_cache, tmp_path / "alone", LINEAR, resident=resident))
+    assert both[2:] == costs[2:]
+    if resident == "disk":
+        assert both[0][0] > costs[0][0] > 0 and both[0][1] > costs[0][1] > 0
+    assert losses(tmp_path / "both", "m1") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
+
+
+@pytest.mark.parametrize(("before", "then"), [(2, 5), (5, 2)])
+def test_a_run_goes_on_when_members_are_stacked_otherwise(
+    zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, then: int
+) -> None:
+    """As on a machine with another device, or another release of this program."""
+    members = [dataclasses.replace(LAST, seed=seed) for seed in range(5)]
+    train(train_config(zarr_cache, tmp_path / "whole", *members))
+
+    def stop(record: object) -> None:
+        if isinstance(record, EpochDone) and record.epoch == 2:
+            raise KeyboardInterrupt
+
+    config = train_config(zarr_cache, tmp_path / "moved", *members)
+    monkeypatch.setattr(METHODS["last"], "stacked_on_cpu", before)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    monkeypatch.setattr(METHODS["last"], "stacked_on_cpu", then)
+    assert train(config).epochs_trained == 2
+    for member in ("m0", "m4"):
+        ours, theirs = losses(tmp_path / "moved", member), losses(tmp_path / "whole", member)
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_kill_9_then_the_same_training(zarr_cache: Path, tmp_path: Path) -> None:
