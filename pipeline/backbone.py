@@ -58,8 +58,8 @@ class Preprocessing:
     def transform(self, *, normalize: bool = True) -> Callable[[Image.Image], Tensor]:
         """timm's deterministic evaluation transform: RGB image → (3, H, W) float32.
 
-        Not normalised, it ends with pixels, uint8, a quarter of the bytes; `normalised` does the
-        rest of the way.
+        Not normalised, it ends with pixels, uint8: a quarter of the bytes. `Backbone` does the rest
+        of the way.
         """
         return create_transform(
             input_size=(3, *self.img_size),
@@ -72,16 +72,10 @@ class Preprocessing:
             normalize=normalize,
         )
 
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) uint8 → float32 on their device, bit for bit as `transform` has them.
-
-        Looked up, not computed: devices divide in their own ways.
-        """
+    def levels(self) -> Tensor:
+        """What `transform` makes of each value of a pixel: (3, 256) float32."""
         mean, std = (torch.tensor(values)[:, None] for values in (self.mean, self.std))
-        levels = (torch.arange(256.0) / 255 - mean) / std  # (3, 256)
-        first = 256 * torch.arange(3, dtype=torch.int32, device=pixels.device)[:, None, None]
-        places = (pixels + first).flatten()
-        return levels.to(pixels.device).flatten().index_select(0, places).view(pixels.shape)
+        return (torch.arange(256.0) / 255 - mean) / std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +109,7 @@ class Backbone:
         self.model = model.eval().requires_grad_(False).to(device)
         self.preprocessing = preprocessing
         self.device = device
+        self._levels = preprocessing.levels().flatten().to(device)  # moved once: a copy waits
         self.blocks = len(blocks)
         self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
         self.weights_sha256 = _weights_sha256(model)
@@ -142,8 +137,17 @@ class Backbone:
         `precision` float32 computes as it is; another type means autocast to it.
         """
         if images.dtype == torch.uint8:
-            images = self.preprocessing.normalised(images)
+            images = self.normalised(images)
         self._run(images, lambda name, x: sink(name, self._as_tokens(x)), precision)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) uint8 → float32, bit for bit as `Preprocessing.transform` has them.
+
+        Looked up, not computed: devices divide in their own ways.
+        """
+        first = 256 * torch.arange(3, dtype=torch.int32, device=self.device)[:, None, None]
+        places = (pixels + first).flatten()
+        return self._levels.index_select(0, places).view(pixels.shape)
 
     def _run(self, images: Tensor, sink: Sink, precision: torch.dtype) -> None:
         self._sink = sink

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.backbone import Backbone, Preprocessing, load_backbone
+from pipeline.backbone import Backbone, load_backbone
 from pipeline.errors import BackboneError, SettingError
 from pipeline.side import FeatureSpec, TokenShape
 from pipeline.side.layers import FrozenNorm, pool_tokens
@@ -121,25 +121,27 @@ def test_pixels_normalised_are_the_transform_bit_for_bit(
     random = np.random.default_rng(0)
     images = [Image.fromarray(random.integers(0, 256, (70, 90, 3), np.uint8)) for _ in range(3)]
     ramp = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    how = Preprocessing(
-        img_size=(48, 64), crop_pct=0.9, crop_mode=crop_mode, interpolation="bicubic", mean=mean,
-        std=(0.229, 0.224, 0.1),
-    )  # fmt: skip
-    whole, pixels = how.transform(), how.transform(normalize=False)
-    exact = dataclasses.replace(how, img_size=(16, 16), crop_pct=1.0)
+    how = {"crop_mode": crop_mode, "mean": mean, "std": (0.229, 0.224, 0.1)}
+    backbone = load_backbone(
+        "test_convnext", device=CPU, pretrained=False, preprocessing={"img_size": (48, 64), **how}
+    )
+    whole = backbone.preprocessing.transform()
+    pixels = backbone.preprocessing.transform(normalize=False)
     for image in images:
         found = pixels(image)
         assert found.dtype == torch.uint8 and found.shape == (3, 48, 64)
-        assert torch.equal(how.normalised(found[None])[0], whole(image))
+        assert torch.equal(backbone.normalised(found[None])[0], whole(image))
+    exact = dataclasses.replace(backbone.preprocessing, img_size=(16, 16), crop_pct=1.0)
     every = exact.transform(normalize=False)(Image.fromarray(ramp))
     assert len(every.unique()) == 256
-    assert torch.equal(exact.normalised(every[None])[0], exact.transform()(Image.fromarray(ramp)))
+    expected = exact.transform()(Image.fromarray(ramp))
+    assert torch.equal(backbone.normalised(every[None])[0], expected)
 
 
 def test_taps_of_pixels_are_those_of_the_normalised_images() -> None:
     backbone = load("test_vit")
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    ours, theirs = (read(backbone, x) for x in (pixels, backbone.preprocessing.normalised(pixels)))
+    ours, theirs = (read(backbone, x) for x in (pixels, backbone.normalised(pixels)))
     assert all(torch.equal(ours[i], theirs[i]) for i in theirs)
 
 
