@@ -429,7 +429,9 @@ def _tables(source: Source, backbone: Backbone, digests: np.ndarray) -> dict[str
 
 
 def _sha256(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
+    ).hexdigest()
 
 
 def _name_changed_images(

@@ -151,7 +151,8 @@ def comparable(loaded: Sequence[Loaded]) -> list[list[Trained]]:
         source = one.reader.manifest.identity.get("source") if one.reader else None
         same = source or one.environment.get("fingerprint")
         for trained in one.members:
-            key = json.dumps([same, one.config.val_split, *_identity(trained.task)], sort_keys=True)
+            same_task = [same, one.config.val_split, *_identity(trained.task)]
+            key = json.dumps(same_task, sort_keys=True, allow_nan=False)
             groups.setdefault(key, []).append(trained)
     return [sorted(group, key=lambda t: t.rank) for group in groups.values()]
 
@@ -218,7 +219,8 @@ def _title(task: Task, group: list[Trained], loaded: Sequence[Loaded]) -> str:
 def _sentence(group: list[Trained], differing: Sequence[str], loaded: Sequence[Loaded]) -> str:
     best = group[0]
     if best.score is None:
-        return "Nothing was validated: no member can be called the best."
+        why = "No validation score is finite" if best.config.val_split else "Nothing was validated"
+        return f"{why}: no member can be called the best."
     told = [
         f"{spaced(n)} {shown(best.settings[n])}"
         for n in differing
@@ -228,7 +230,7 @@ def _sentence(group: list[Trained], differing: Sequence[str], loaded: Sequence[L
     if told:
         text += f" ({', '.join(told)})"
     name = TITLES[best.task.metric]
-    text += f": {name} {score_text(best.task.kind, best.score)}, loss {best.loss:.3f}."
+    text += f": {name} {score_text(best.task.kind, best.score)}, loss {loss_text(best.loss)}."
     reader = loaded[best.run].reader
     if len(group) == 1 or best.task.kind != "class" or reader is None or best.score in (0, 1):
         return text  # no standard error to speak of
@@ -247,7 +249,8 @@ def _over_seeds(counted: Sequence[Trained], names: Sequence[str]) -> list[dict[s
     groups: dict[str, list[Trained]] = {}
     for trained in counted:
         rest = {n: v for n, v in trained.settings.items() if n != "seed"}
-        groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(trained)
+        key = json.dumps(rest, sort_keys=True, default=str, allow_nan=False)
+        groups.setdefault(key, []).append(trained)
     lines: list[dict[str, Any]] = []
     for group in groups.values():
         scores = [trained.score for trained in group if trained.score is not None]
@@ -322,6 +325,10 @@ def score_text(kind: str, value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if kind == "regression" else f"{100 * value:.1f}{PERCENT}"
+
+
+def loss_text(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _mean_and_deviation(kind: str, mean: float, deviation: float) -> str:

@@ -30,6 +30,7 @@ from pipeline.leaderboard import (
     board,
     comparable,
     load,
+    loss_text,
     score_text,
     spaced,
 )
@@ -185,7 +186,8 @@ def _render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(flag=spaced)
+    environment.filters.update(flag=spaced, loss=loss_text)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
     drawn = ("id", "score_name", "percent", "members", "effects", "differing")
     scatters = [d["found"]["points"] for d in details if d["found"] and "points" in d["found"]]
     return environment.get_template(f"{PAGE}.jinja").render(
@@ -267,10 +269,10 @@ def _evaluation(one: Loaded, line: Mapping[str, Any]) -> dict[str, str]:
     told = [
         f"{TITLES[name]} {score_text(kind, line[name])}"
         for name, kind in kinds.items()
-        if isinstance(line.get(name), int | float)
+        if name in line
     ]
-    if isinstance(line.get("loss"), int | float):
-        told.append(f"loss {line['loss']:.3f}")
+    if "loss" in line:
+        told.append(f"loss {loss_text(line['loss'])}")
     return {
         "run": one.name,
         "member": str(line.get("member", "")),

@@ -502,3 +502,31 @@ def test_tasks_of_other_kinds_each_have_a_board(images: Path, tmp_path: Path) ->
     assert error is not None and float(error[1]) == pytest.approx(last["val_mae"], rel=1e-3)
     precision = [float(text) for text in re.findall(r'"number">([\d.]+) %</td>', dom)]
     assert np.mean(precision) == pytest.approx(100 * float(rows["m1"]["val_map"]), abs=0.1)
+
+
+def test_a_browser_draws_what_diverged_members_leave(tasks_cache: Path, tmp_path: Path) -> None:
+    """m0 has no finite loss at all; m1 has one, far from the others', and then none."""
+    rates = (1e30, 3e2, 1e-3, 1e-2)
+    members = [dataclasses.replace(member(lr), task="warmth") for lr in rates]
+    train(train_config(tasks_cache, tmp_path / "run", *members))
+    curves = data_of(page_of(written := report([tmp_path / "run"])))["boards"][0]["members"]
+    (first,) = [one["curves"]["score"] for one in curves if one["id"] == "m1"]
+    assert len(first) == 1 and first[0] < -1e6
+
+    def labels(dom: str) -> dict[str, float]:
+        found = re.findall(r'<text class="label[^"]*" x="[^"]*" y="([^"]*)">(m\d)</text>', dom)
+        return {name: float(y) for y, name in found}
+
+    named = labels(browse(written.out))
+    assert named.keys() == {"m2", "m3"} and all(0 < y < 400 for y in named.values())
+    order = browse(
+        written.out,
+        "document.querySelector('[data-metric=val_loss]').click();"
+        "[...document.querySelectorAll('.leaderboard th')].find((th) => th.textContent === "
+        "'val loss').querySelector('button').click();",
+    )
+    assert re.findall(r'<tr data-place="r0-(m\d)"', order)[:2] == ["m3", "m2"]
+    assert order.count('class="end') == 1 and labels(order).keys() == {"m1", "m2", "m3"}
+    plot = order.partition('<figure class="curves">')[2].partition("</figure>")[0]
+    ticks = re.findall(r'text-anchor="end">([\de.-]+)</text>', plot)
+    assert len(ticks) >= 5 and any(re.fullmatch(r"1e\d+", tick) for tick in ticks)
