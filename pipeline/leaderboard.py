@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cache import CacheError, Reader
-from pipeline.checkpoint import Run, loss_of, score_of
+from pipeline.checkpoint import Run, loss_of, position_of, score_of
 from pipeline.config import Member, TrainConfig
 from pipeline.metrics import Task, rank
 
@@ -87,7 +87,8 @@ def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loa
         reader=reader,
     )
     curves = _curves(run.metrics())
-    for row, member in zip(summary, config.members, strict=True):
+    for row in summary:
+        member = config.members[position_of(row["id"])]
         task = Task.from_dict(run.card(row["id"])["target"])
         loaded.members.append(
             Trained(

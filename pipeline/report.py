@@ -189,7 +189,11 @@ def _render(
     environment.filters.update(flag=spaced, loss=loss_text)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
     drawn = ("id", "score_name", "percent", "members", "effects", "differing")
-    scatters = [d["found"]["points"] for d in details if d["found"] and "points" in d["found"]]
+    scatters = {
+        detail["trained"].place: detail["found"]["points"]
+        for detail in details
+        if detail["found"] and "points" in detail["found"]
+    }
     return environment.get_template(f"{PAGE}.jinja").render(
         title=_listed([one.name for one in loaded]),
         runs=[_facts(one) for one in loaded],

@@ -411,9 +411,8 @@ for (const board of data.boards) {
   button.addEventListener("click", () => copy(button, pre));
   select(board, state, board.members[0].place);
 }
-document.querySelectorAll(".scatter").forEach((figure, i) => {
-  redraw.push(() => drawScatter(data.scatters[i], figure));
-});
+for (const figure of document.querySelectorAll(".scatter"))
+  redraw.push(() => drawScatter(data.scatters[figure.dataset.place], figure));
 
 let drawnAt = 0;
 function draw() {
