@@ -167,11 +167,7 @@ class Tally(ABC):
         n = int(self.n)
         losses = [finite(loss) for loss in (self.sums[0] / max(n, 1)).tolist()]
         return [
-            Scores(
-                values={name: None if loss is None else finite(v) for name, v in values.items()},
-                loss=loss,
-                n=n,
-            )
+            Scores(values=dict.fromkeys(values) if loss is None else {**values}, loss=loss, n=n)
             for values, loss in zip(self._values(), losses, strict=True)
         ]
 

@@ -147,7 +147,7 @@ function drawCurves(board, state, figure) {
     const path = element("path", { class: "line", d }, group);
     const last = member.curves[metric].findLastIndex((v) => v !== null);
     let end = null;
-    if (member.stopped || member.curves[metric].filter((v) => v !== null).length === 1) {
+    if (member.stopped || member.curves[metric].length === 1) {
       const [cx, cy] = [x(last + 1), y(member.curves[metric][last])];
       const cross = `M${cx - 3} ${cy - 3}l6 6m0 -6l-6 6`;
       end = element("path", { class: "end", d: cross }, group);

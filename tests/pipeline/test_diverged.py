@@ -43,16 +43,19 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
 
 
+def train_command(cache: Path, out: Path) -> list[object]:
+    return [
+        "train", cache, "--method", "last", "--rank", 4, "--task", ",".join(TASKS),
+        "--lr", f"{ENDLESS},1e-2", "--epochs", 4, "--warmup-epochs", 0, "--device", "cpu",
+        "--out", out,
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def trained(tasks_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A run of two members a task, the first of which diverges; what `train` printed. Read-only."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    printed = run_json(
-        "train", tasks_cache, "--method", "last", "--rank", 4, "--task", ",".join(TASKS),
-        "--lr", f"{ENDLESS},1e-2", "--epochs", 4, "--warmup-epochs", 0, "--device", "cpu",
-        "--out", out,
-    )  # fmt: skip
-    return out, printed
+    return out, run_json(*train_command(tasks_cache, out))
 
 
 @pytest.fixture
@@ -83,11 +86,7 @@ def test_what_is_printed(trained: tuple[Path, Any], diverged: Path, tasks_cache:
     ]  # fmt: skip
     assert members["m5"]["val_r2"] > 0.5
     assert all("scores" not in member for member in printed["members"])  # they stand in it, once
-    again = run_json(  # read back from summary.csv
-        "train", tasks_cache, "--method", "last", "--rank", 4, "--task", ",".join(TASKS),
-        "--lr", f"{ENDLESS},1e-2", "--epochs", 4, "--warmup-epochs", 0, "--device", "cpu",
-        "--out", diverged,
-    )  # fmt: skip
+    again = run_json(*train_command(tasks_cache, diverged))  # read back from summary.csv
     assert again["members"] == printed["members"]
     scores = run_json("evaluate", diverged, "--member", "all", "--device", "cpu")
     assert [one["loss"] is None for one in scores["members"]] == [True, False] * 3
@@ -188,7 +187,7 @@ def test_a_report_says_why_there_is_no_look_and_no_best(last_step: Path) -> None
     assert "R² –, mean absolute error –, loss –" in page  # what `evaluate` found
 
 
-def test_runs_of_earlier_versions_are_read(diverged: Path) -> None:
+def test_runs_of_earlier_versions_are_read(diverged: Path, tasks_cache: Path) -> None:
     """They hold NaN where these have null, or an empty cell."""
     metrics, summary = diverged / "metrics.jsonl", diverged / "summary.csv"
     metrics.write_text(metrics.read_text().replace("null", "NaN"))
@@ -201,6 +200,12 @@ def test_runs_of_earlier_versions_are_read(diverged: Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    members = run_json(*train_command(tasks_cache, diverged))["members"]
+    assert (members[0]["val_top1"], members[0]["val_loss"], members[4]["val_r2"]) == (
+        0.5,
+        None,
+        None,
+    )
     page = Path(report([diverged], device="cpu").out).read_text(encoding="utf-8")
     assert "m1 is best on validation (lr 0.01): top-1 50.0\N{NO-BREAK SPACE}%, loss –." in page
     data = re.search(r'id="data">(.*?)</script>', page, re.S)

@@ -566,3 +566,7 @@ def test_a_summary_in_another_order_is_read_by_id(run: Path) -> None:
     shuffled = [row["id"] for row in Run(run).summary()]
     assert shuffled != sorted(shuffled)
     assert data_of(page_of(report([run]))) == data_of(before)
+    again = train(dataclasses.replace(Run(run).config(), out=str(run)))  # finished: it is read
+    assert {one.id: (one.settings["lr"], one.settings["seed"]) for one in again.members} == {
+        f"m{i}": (one.lr, one.seed) for i, one in enumerate(GRID)
+    }
