@@ -65,7 +65,7 @@ def _predict(
         found = [network(b.operands[0])[0].float().cpu() for b in batches.epoch(EVAL_BATCH)]
     outputs, labels = torch.cat(found).numpy(), labelled.labels[task.name]
     if task.kind == "regression":
-        outputs = outputs.astype(np.float64) * task.scale + task.centre
+        outputs = outputs * task.scale + task.centre
     known = task.known(torch.from_numpy(labels)).numpy()
     bad = int((~np.isfinite(outputs[known])).any(axis=1).sum())
     if bad:
