@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 import platform
 import shutil
@@ -34,7 +33,7 @@ from torch import Tensor
 from pipeline import __version__
 from pipeline.config import TrainConfig
 from pipeline.errors import RunError
-from pipeline.metrics import SCORES, Task, rank
+from pipeline.metrics import SCORES, Task, finite, rank
 from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
@@ -87,7 +86,7 @@ class Run:
                 f"made; it holds other files. Choose another --out."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write(ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
+        self._write(ENVIRONMENT, json.dumps(environment, indent=1, allow_nan=False) + "\n")
         self._write(CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
         return None
 
@@ -104,11 +103,11 @@ class Run:
 
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Replace metrics.jsonl: on resume, lines after the checkpoint must go."""
-        self._write(METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        self._write(METRICS, "".join(map(_line, lines)))
 
     def append_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         with (self.path / METRICS).open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.writelines(map(_line, lines))
 
     def metrics(self) -> list[dict[str, Any]]:
         return _read_lines(self.path / METRICS)
@@ -124,7 +123,7 @@ class Run:
 
     def finish(self, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> None:
         """Write cost.json, then summary.csv, which makes the run finished; drop the checkpoint."""
-        self._write(COST, json.dumps(cost, indent=1) + "\n")
+        self._write(COST, json.dumps(cost, indent=1, allow_nan=False) + "\n")
         names = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -162,7 +161,7 @@ class Run:
         partial = folder / "adapter_model.partial"
         save_file(tensors, partial, metadata={"format": "pt", "method": network.method})
         partial.replace(folder / "adapter_model.safetensors")
-        text = json.dumps({**card, "features": spec}, indent=1) + "\n"
+        text = json.dumps({**card, "features": spec}, indent=1, allow_nan=False) + "\n"
         self._write(f"{MEMBERS}/{member_id}/adapter_config.json", text)
 
     def tasks(self) -> list[str]:
@@ -230,7 +229,7 @@ class Run:
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Append to evaluations.jsonl what `evaluate` measured."""
         with (self.path / EVALUATIONS).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
 
     def evaluations(self) -> list[dict[str, Any]]:
         """What `evaluate` measured so far."""
@@ -264,8 +263,16 @@ def replace_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The records of a file of lines. Earlier versions wrote NaN, which is no JSON: None."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=lambda _: None) for line in lines]
 
 
 def member_id(position: int) -> str:
@@ -279,18 +286,19 @@ def position_of(member: str) -> int:
 
 
 def score_of(row: Mapping[str, str]) -> float | None:
-    """The validation score that ranks, in a line of summary.csv; None if there is no finite one."""
+    """The validation score that ranks, in a line of summary.csv."""
     values = [row.get(f"val_{ranking}") for ranking, *_ in SCORES.values()]
-    return _finite(next((value for value in values if value), ""))
+    return number_of(next((value for value in values if value), ""))
 
 
 def loss_of(row: Mapping[str, str]) -> float | None:
-    """The validation loss in a line of summary.csv; None if there is no finite one."""
-    return _finite(row["val_loss"])
+    """The validation loss in a line of summary.csv."""
+    return number_of(row["val_loss"])
 
 
-def _finite(text: str) -> float | None:
-    return number if text and math.isfinite(number := float(text)) else None
+def number_of(text: str) -> float | None:
+    """What a cell of summary.csv holds; None if that is nothing, or not finite."""
+    return finite(float(text)) if text else None
 
 
 def environment() -> dict[str, Any]:
