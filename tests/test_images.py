@@ -652,7 +652,7 @@ def test_every_mode_becomes_rgb_as_pillow_converts(mode: str) -> None:
     got = decode(stream.getvalue(), "x")
     assert (got.mode, got.size) == ("RGB", (16, 16))
     with Image.open(io.BytesIO(stream.getvalue())) as reference:
-        assert reference.mode == mode
+        assert reference.mode in (mode, mode.removesuffix(";16"))  # older releases widen it to I
         assert got.tobytes() == reference.convert("RGB").tobytes()
 
 
