@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import click
 
+from pipeline import __version__
 from pipeline.process import Sigterm, Terminated
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -117,6 +118,18 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
         function
     )
+
+
+def dataset_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Flags of every command that opens images: what timm asks of a dataset string."""
+    options = (
+        click.option("--data-dir", help="Where a timm dataset string finds its files."),
+        click.option("--input-key", help="Its column of images.  [default: timm's, mostly image]"),
+        click.option("--target-key", help="Its column of labels.  [default: timm's, mostly label]"),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,7 +236,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 @click.group(cls=Sidecache, context_settings=CONTEXT)
-@click.version_option(package_name="sidecache", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def main() -> None:
     """Cache a frozen vision transformer's layers once; train side networks from the cache alone.
 
@@ -246,7 +259,8 @@ def main() -> None:
 @click.option("--weights", type=click.Path(), help="Weights from a file, not the hub.")
 @click.option("--pretrained/--no-pretrained", default=True, help="Random weights, from --seed.")
 @click.option("--split", type=Names(), help="Only these splits, e.g. train,val.")
-@click.option("--data-dir", help="Where a timm dataset string finds its files.")
+@dataset_options
+@click.option("--dataset-download", is_flag=True, help="Let torch/… fetch what is not there.")
 @click.option("--taps", default="all", show_default=True, help="all, 0,3,6, every:N or last:N.")
 @gather_options
 @click.option(
@@ -311,11 +325,17 @@ def extract(as_json: bool, **values: Any) -> None:
             match record:
                 case stage.Hashed(done=done, total=total):
                     progress.update("hashing", done, total)
-                case stage.Weighed(done=done, total=total):
-                    progress.update("weighing weights", done, total)
+                case stage.Weighed(done=done, total=total, skipped=skipped):
+                    detail = f"{_counted(skipped, 'unreadable image')} skipped" if skipped else ""
+                    progress.update("weighing weights", done, total, detail)
+                case stage.Repeated(split=split, other=other, rows=rows, example=(key, twin)):
+                    images = f"{_counted(rows, f'{split} image')} {'is' if rows == 1 else 'are'}"
+                    progress.note(f"{images} also in {other} (e.g. {key} = {twin})")
                 case stage.Plan():
                     if record.pending_rows:
                         progress.note(_plan_line(record, config))
+                        if record.begun_batch_size not in (None, config.batch_size):
+                            progress.note(_batch_line(record, config))
                 case stage.Extracted(rows=rows, total=total, bytes=size, seconds=seconds):
                     detail = f"{rows / max(seconds, 1e-9):,.0f} images/s, {_gb(size)} written"
                     progress.update("extracting", rows, total, detail)
@@ -351,6 +371,13 @@ def _plan_line(plan: Any, config: Any) -> str:
     return (
         f"{config.model} on {plan.device}, {plan.precision}: {images}{already}, "
         f"taps {shapes}, {_gb(plan.bytes)} of {config.dtype} to {config.out}"
+    )
+
+
+def _batch_line(plan: Any, config: Any) -> str:
+    return (
+        f"begun with -b {plan.begun_batch_size}: with -b {config.batch_size}, the rest may differ "
+        f"from it in the last bits"
     )
 
 
@@ -866,6 +893,7 @@ def _short(value: Any) -> str:
 @click.option("--task", help="Of a run with several.  [default: the best member of each]")
 @click.option("--cache", help="Another cache than the run's own.")
 @click.option("--split", type=Names(), default="test", show_default=True)
+@dataset_options
 @click.option("--weights", type=click.Path(), help="Backbone weights, with IMAGES.")
 @click.option("-b", "--batch-size", default=64, show_default=True, help="With IMAGES.")
 @click.option("-j", "--workers", default=2, show_default=True, help="With IMAGES.")
@@ -923,6 +951,7 @@ def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None
 )
 @click.option("--member", help="Look closely at this one.  [default: the best on validation]")
 @click.option("--images", help="The cache's images, as in `extract`: thumbnails of mistakes.")
+@dataset_options
 @compute_options
 @json_option
 def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:

@@ -5,3 +5,5 @@ Stage one (`extract`) and live use (`evaluate` on images, `predict`) load timm t
 trains needs neither timm nor torchvision. Nothing here prints; long functions take a `report`
 callback that receives typed records.
 """
+
+__version__ = "0.1.0"  # the only place: setup.cfg reads it, and a clone may not be installed

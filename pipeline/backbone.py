@@ -27,8 +27,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from pipeline.blocks import describe
-from pipeline.errors import BackboneError, SettingError
+from pipeline.errors import BackboneError, SettingError, gist
 from pipeline.side import TokenShape
+from pipeline.weights import read_weights
 
 STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules
 
@@ -54,8 +55,12 @@ class Preprocessing:
         }
         return cls(**plain)
 
-    def transform(self) -> Callable[[Image.Image], Tensor]:
-        """timm's deterministic evaluation transform: RGB image → (3, H, W) float32."""
+    def transform(self, *, normalize: bool = True) -> Callable[[Image.Image], Tensor]:
+        """timm's deterministic evaluation transform: RGB image → (3, H, W) float32.
+
+        Not normalised, it ends with pixels, uint8: a quarter of the bytes. `Backbone` does the rest
+        of the way.
+        """
         return create_transform(
             input_size=(3, *self.img_size),
             is_training=False,
@@ -64,7 +69,13 @@ class Preprocessing:
             std=self.std,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
+            normalize=normalize,
         )
+
+    def levels(self) -> Tensor:
+        """What `transform` makes of each value of a pixel: (3, 256) float32."""
+        mean, std = (torch.tensor(values)[:, None] for values in (self.mean, self.std))
+        return (torch.arange(256.0) / 255 - mean) / std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +109,7 @@ class Backbone:
         self.model = model.eval().requires_grad_(False).to(device)
         self.preprocessing = preprocessing
         self.device = device
+        self._levels = preprocessing.levels().flatten().to(device)  # moved once: a copy waits
         self.blocks = len(blocks)
         self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
         self.weights_sha256 = _weights_sha256(model)
@@ -121,9 +133,21 @@ class Backbone:
     def read_taps(self, images: Tensor, sink: Sink, *, precision: torch.dtype) -> None:
         """Run (B, 3, H, W) through the blocks; `sink(name, tokens (B, T, D))` for each tap.
 
+        `images` are as `Preprocessing.transform` makes them; pixels are normalised here.
         `precision` float32 computes as it is; another type means autocast to it.
         """
+        if images.dtype == torch.uint8:
+            images = self.normalised(images)
         self._run(images, lambda name, x: sink(name, self._as_tokens(x)), precision)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) uint8 → float32, bit for bit as `Preprocessing.transform` has them.
+
+        Looked up, not computed: devices divide in their own ways.
+        """
+        first = 256 * torch.arange(3, dtype=torch.int32, device=self.device)[:, None, None]
+        places = (pixels + first).flatten()
+        return self._levels.index_select(0, places).view(pixels.shape)
 
     def _run(self, images: Tensor, sink: Sink, precision: torch.dtype) -> None:
         self._sink = sink
@@ -270,7 +294,7 @@ def _build(name: str, **arguments: Any) -> nn.Module:
         raise SettingError(f"{name}: {error}") from error
     except (OSError, RuntimeError) as error:
         raise BackboneError(
-            f"{name}: the pretrained weights could not be loaded ({_gist(error)}). "
+            f"{name}: the pretrained weights could not be loaded ({gist(error)}). "
             f"Without a way to the hub, give a file with --weights."
         ) from error
 
@@ -288,40 +312,39 @@ def _create(name: str, **arguments: Any) -> nn.Module:
 def _with_weights_file(name: str, path: Path, shape: dict[str, Any]) -> nn.Module:
     """Through timm's own loader, which knows every format's renames; strict about the keys.
 
-    timm loads strictly only if the number of classes is the file's, so that is read first.
+    timm loads strictly only if the number of classes is the file's, so that is read first. It gets
+    the tensors, not the file: older versions of timm execute what a pickle holds.
     """
     if not path.is_file():
         raise BackboneError(f"--weights {path}: there is no such file")
-    overlay: dict[str, Any] = {"file": str(path), "label_offset": 0}
+    overlay: dict[str, Any] = {"label_offset": 0}
     candidates: Iterable[int | None] = [None]
     if path.suffix == ".npz":
-        overlay["custom_load"] = True
+        overlay |= {"file": str(path), "custom_load": True}
     else:
-        candidates = _class_counts(name, path)
+        overlay["state_dict"] = timm.models.clean_state_dict(read_weights(path))
+        candidates = _class_counts(name, overlay["state_dict"])
+    unfit = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
     errors: list[Exception] = []
     for classes in candidates:
         count: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         try:
-            return _create(
+            model = _create(
                 name, pretrained=True, pretrained_cfg_overlay={**overlay, **count}, **count, **shape
             )
-        except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except unfit as error:  # timm's renames take a file of other contents apart
             errors.append(error)
+        else:
+            model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
+            return model
     raise BackboneError(
-        f"--weights {path} does not fit {name}: {_gist(errors[0])}. "
+        f"--weights {path} does not fit {name}: {gist(errors[0])}. "
         f"Expected a safetensors, pth or npz file with that model's weights."
     ) from errors[0]
 
 
-def _class_counts(name: str, path: Path) -> list[int | None]:
+def _class_counts(name: str, state: dict[str, Any]) -> list[int | None]:
     """Numbers of classes to try: the file's own if it has a classifier, timm's default, none."""
-    try:
-        state = timm.models.load_state_dict(str(path))
-    except Exception as error:  # safetensors, pickle and zip each raise their own
-        raise BackboneError(
-            f"--weights {path}: expected a safetensors, pth or npz file, could not read it "
-            f"({_gist(error)})"
-        ) from error
     classifier = timm.get_pretrained_cfg_value(name, "classifier") or "head"
     first = classifier if isinstance(classifier, str) else classifier[0]
     weight = state.get(f"{first}.weight")
@@ -365,13 +388,6 @@ def _unknown_model(name: str) -> str:
         f"timm has no model {name!r}; close to it: {', '.join(close) or 'none'}. "
         f"`sidecache models` lists what works."
     )
-
-
-def _gist(error: Exception) -> str:
-    """The gist of another library's message: its first two lines, at most 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    gist = " ".join(lines[:2]).rstrip(". ") or type(error).__name__
-    return gist if len(gist) <= 200 else gist[:200].rsplit(" ", 1)[0] + " …"
 
 
 class _quiet_timm:

@@ -32,6 +32,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline import __version__
 from pipeline.config import PassConfig, TrainConfig
 from pipeline.errors import RunError
 from pipeline.folder import (
@@ -468,8 +469,9 @@ def _finite(text: str) -> float | None:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for environment.json."""
-    packages = ("sidecache", "torch", "numpy", "zarr", "h5py")
+    packages = ("torch", "numpy", "zarr", "h5py")
     return {
+        "sidecache": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: version(name) for name in packages},

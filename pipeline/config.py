@@ -28,8 +28,9 @@ def require(config: object, condition: bool, name: str, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """Stage one. `images` and `data_dir` as `open_source` takes them; None means the backbone's
-    own value. Raises SettingError when it is made with an impossible value."""
+    """Stage one. `images` and what is said of a timm dataset string (`data_dir`, `input_key`,
+    `target_key`, `dataset_download`) as `open_source` takes them; None means the backbone's own
+    value. Raises SettingError when it is made with an impossible value."""
 
     images: str
     model: str
@@ -38,6 +39,9 @@ class ExtractConfig:
     pretrained: bool = True
     split: tuple[str, ...] | None = None
     data_dir: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    dataset_download: bool = False
     taps: str = "all"
     gather: str = "none"
     gather_k: int | None = None
@@ -131,8 +135,9 @@ def _check_gather(config: ExtractConfig | CopyConfig) -> None:
 class Member:
     """One side network to train: its method, the settings that shape it, and how it learns.
 
-    `epochs` includes `warmup_epochs`. `settings` are the method's own (rank, gap, pool, …). `task`
-    names a target of the cache; "" is its first.
+    `epochs` includes `warmup_epochs`, by default 3 or what `fitting_warmup` leaves of them.
+    `settings` are the method's own (rank, gap, pool, …). `task` names a target of the cache; "" is
+    its first.
     """
 
     method: str
@@ -140,7 +145,7 @@ class Member:
     lr: float = 2e-3
     weight_decay: float = 0.05
     epochs: int = 30
-    warmup_epochs: int = 3
+    warmup_epochs: int = None  # type: ignore[assignment]  # a number once it is made
     warmup_lr: float = 1e-7
     sched: str = "cosine"
     drop_path: float = 0.0
@@ -151,6 +156,8 @@ class Member:
     SCHEDULES = ("cosine", "constant")
 
     def __post_init__(self) -> None:
+        if self.warmup_epochs is None:
+            object.__setattr__(self, "warmup_epochs", fitting_warmup(self.epochs))
         require(self, self.lr > 0, "lr", "above 0")
         require(self, self.weight_decay >= 0, "weight_decay", "0 or more")
         require(self, self.epochs >= 1, "epochs", "1 or more")
@@ -170,6 +177,11 @@ class Member:
         """Those of its shape and of its learning in one flat dict, the method left out."""
         learning = {k: v for k, v in vars(self).items() if k not in ("method", "settings")}
         return {**self.settings, **learning}
+
+
+def fitting_warmup(epochs: int, usual: int = 3) -> int:
+    """A warm-up that nobody asked for: as `usual`, but at most a fifth of the epochs."""
+    return min(usual, epochs // 5)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,3 +44,10 @@ class MissingTaps(PipelineError, LookupError):
 
 class RunError(PipelineError, ValueError):
     """A run directory is missing, unfinished, or another run's."""
+
+
+def gist(error: Exception) -> str:
+    """The gist of another library's message: its first two lines, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    short = " ".join(lines[:2]).rstrip(". ") or type(error).__name__
+    return short if len(short) <= 200 else short[:200].rsplit(" ", 1)[0] + " …"

@@ -19,8 +19,10 @@ from pipeline.batches import Batches, feature_spec, labelled_rows
 from pipeline.checkpoint import Run, TrainedMember
 from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
+from pipeline.images import Source
 from pipeline.members import score
 from pipeline.metrics import Scores
+from pipeline.sources import opener
 from pipeline.workers import Workers
 
 
@@ -63,6 +65,9 @@ def evaluate(
     task: str | None = None,
     cache: str | Path | None = None,
     images: str | None = None,
+    data_dir: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
     weights: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 2,
@@ -74,16 +79,18 @@ def evaluate(
 
     A run without validation (as a refit leaves it) has no best member: all are scored, "all" asks
     for that anywhere. Reads `cache`, by default the one it was trained from, or, with `images`,
-    runs the backbone (whose `weights` file may be given). Raises RunError if run, member, backbone
-    or classes do not fit, and the errors of the cache, the source and the backbone.
+    runs the backbone (whose `weights` file may be given); `data_dir`, `input_key` and `target_key`
+    are of `images`, as `extract` takes them. Raises RunError if run, member, backbone or classes do
+    not fit, and the errors of the cache, the source and the backbone.
     """
+    open_images = opener(images, data_dir=data_dir, input_key=input_key, target_key=target_key)
     directory = Run(run)
     chosen = pick_device(device)
     trained = [directory.load_member(m, chosen) for m in _choose(directory, members, task)]
-    if images is not None:
+    if open_images is not None:
         source = str(images)
         scores = [
-            _live(member, images, split, weights, batch_size, workers, chosen, amp, report)
+            _live(member, open_images, split, weights, batch_size, workers, chosen, amp, report)
             for member in trained
         ]
     else:
@@ -144,7 +151,7 @@ def _cached(
 
 def _live(
     trained: TrainedMember,
-    images: str,
+    open_images: Callable[..., Source],
     split: Sequence[str],
     weights: str | Path | None,
     batch_size: int,
@@ -153,11 +160,10 @@ def _live(
     amp: bool | None,
     report: Callable[[Evaluated], None],
 ) -> Scores:
-    from pipeline.live import go_live  # stage two must not need these
-    from pipeline.sources import open_source
+    from pipeline.live import go_live  # stage two must not need it
 
     task = trained.task
-    source = open_source(images, splits=tuple(split), classes={task.name: task.classes})
+    source = open_images(splits=tuple(split), classes={task.name: task.classes})
     live = go_live(trained, weights=weights, device=device, amp=amp)
     labels = torch.from_numpy(source.target(task.name).values).to(device)
     tally = task.tally(1, device)

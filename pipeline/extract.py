@@ -30,6 +30,7 @@ from cache import (
     Writer,
     encode_keys,
 )
+from pipeline import __version__
 from pipeline.backbone import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
 from pipeline.device import (
@@ -41,7 +42,7 @@ from pipeline.device import (
     without_tf32,
 )
 from pipeline.errors import ImageError, SettingError
-from pipeline.images import Labels, Source, source_digests
+from pipeline.images import Labels, Source, is_deep_grey, source_digests
 from pipeline.layout import Layout, TokenBuffer, plan_layout
 from pipeline.loader import ImageBatch, image_batches
 from pipeline.prune import ladder_tables
@@ -53,7 +54,11 @@ WRITERS = 2  # threads that write, each from a buffer of its own; one more is be
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Reported once, before the first image: what will be done, and where."""
+    """Reported once, before the first image: what will be done, and where.
+
+    `begun_batch_size` is that with which the cache was begun, None in older caches: products of
+    another batch size may differ in their last bits.
+    """
 
     rows: int
     pending_rows: int
@@ -61,6 +66,7 @@ class Plan:
     stacks: tuple[Stack, ...]
     device: str
     precision: str
+    begun_batch_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,17 @@ class Hashed:
 
     done: int
     total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeated:
+    """Reported for two splits that share images, byte for byte: `rows` of `split` are also in
+    `other`; `example` is a key of such a row, and of its twin there."""
+
+    split: str
+    other: str
+    rows: int
+    example: tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +125,15 @@ class ExtractResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Weighed:
-    """Reported while the Fisher information of the backbone's weights is summed up."""
+    """Reported while the Fisher information of the backbone's weights is summed up; `skipped`
+    unreadable images were passed over on the way."""
 
     done: int
     total: int
+    skipped: int = 0
 
 
-Report = Callable[[Plan | Hashed | Weighed | Extracted | Skipped], None]
+Report = Callable[[Plan | Hashed | Repeated | Weighed | Extracted | Skipped], None]
 
 
 @without_tf32()
@@ -128,7 +147,14 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
     """
     device = pick_device(config.device)
     precision = pick_precision(device, config.amp)
-    source = open_source(config.images, splits=config.split, data_dir=config.data_dir)
+    source = open_source(
+        config.images,
+        splits=config.split,
+        data_dir=config.data_dir,
+        input_key=config.input_key,
+        target_key=config.target_key,
+        download=config.dataset_download,
+    )
     backbone = load_backbone(
         config.model,
         device=device,
@@ -138,12 +164,17 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
         preprocessing=config.preprocessing(),
     )
     layout = plan_layout(config, backbone)
+    deep: set[bool] = set()
     digests = source_digests(
         source,
         on_error=config.on_error,
         report=lambda done, total: report(Hashed(done=done, total=total)),
+        see=lambda data: deep.add(is_deep_grey(data)),
     )
-    manifest = _manifest(config, source, backbone, layout, precision, digests)
+    for repeated in _repeated(source, digests):
+        report(repeated)
+    decoding = {"grey": "by depth"} if True in deep else {}
+    manifest = _manifest(config, source, backbone, layout, precision, digests, decoding)
     tables = _tables(source, backbone, digests)
     if config.ladder_init:
         ladder = _ladder(config, manifest, source, backbone, report)
@@ -163,6 +194,7 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
                 stacks=layout.stacks,
                 device=name_of(device),
                 precision=precision_name(precision),
+                begun_batch_size=writer.manifest.notes.get("batch_size"),
             )
         )
         begin = time.perf_counter()
@@ -199,7 +231,7 @@ def _run(
         return legs
     batches = image_batches(
         source,
-        backbone.preprocessing.transform(),
+        backbone.preprocessing.transform(normalize=False),
         backbone.preprocessing.img_size,
         pending=pending,
         batch_size=config.batch_size,
@@ -279,6 +311,7 @@ def _manifest(
     layout: Layout,
     precision: torch.dtype,
     digests: np.ndarray,
+    decoding: dict[str, str],
 ) -> Manifest:
     rows = source.rows
     identity: dict[str, Any] = {
@@ -298,6 +331,8 @@ def _manifest(
         },
         "versions": {"timm": version("timm"), "torch": torch.__version__.split("+")[0]},
     }
+    if decoding:  # only where it decides a number: other caches keep their fingerprints
+        identity["decoding"] = decoding
     if config.ladder_init:
         identity["ladder"] = {
             "init": config.ladder_init,
@@ -319,7 +354,11 @@ def _manifest(
         ),
         splits=tuple(source.splits),
         final_norm={"kind": norm.kind, "eps": norm.eps},
-        notes={"created_by": f"sidecache {version('sidecache')}", "source": source.description},
+        notes={
+            "created_by": f"sidecache {__version__}",
+            "source": source.description,
+            "batch_size": config.batch_size,
+        },
     )
 
 
@@ -355,28 +394,22 @@ def _ladder(
                 return reader.tables_below("ladder")
     except CacheError:
         pass  # no cache yet, or one that the writer will refuse or replace
-    transform = backbone.preprocessing.transform()
-    target = _fisher_target(source) if config.ladder_init == "fisher" else None
-    rows = _fisher_rows(config, source, target) if target else []
-
-    def images() -> Iterator[tuple[Tensor, int]]:
-        for row in rows:
-            assert target is not None
-            yield transform(source.open(row)).to(backbone.device), int(target.values[row])
-
+    images = _FisherImages(config, source, backbone) if config.ladder_init == "fisher" else None
     try:
         return ladder_tables(
             backbone.model,
             how=config.ladder_init,
             reduction=config.reduction,
             layers=_layers(config, backbone),
-            images=images,
-            classes=len(target.classes) if target else 0,
+            images=images or (lambda: ()),
+            classes=len(images.target.classes) if images else 0,
             pool="cls" if backbone.prefix_tokens else "mean",
             prefix_tokens=backbone.prefix_tokens,
             device=backbone.device,
             seed=config.seed,
-            report=lambda done, total: report(Weighed(done=done, total=total)),
+            report=lambda done, total: report(
+                Weighed(done=done, total=total, skipped=len(images.skipped) if images else 0)
+            ),
         )
     except ValueError as error:
         raise SettingError(f"--ladder-init: {error}") from error
@@ -387,6 +420,44 @@ def _layers(config: ExtractConfig, backbone: Backbone) -> tuple[int, ...]:
         return keep_layers(config.keep_layers, backbone.blocks)
     except ValueError as error:
         raise SettingError(f"--keep-layers: {error}") from None
+
+
+class _FisherImages:
+    """What the Fisher information is summed over: (3, H, W) and its class, the same at every call.
+
+    Labelled training images in an order drawn from --seed, as many as --fisher-samples; one that
+    cannot be read is `skipped` for the next, or raised, as --on-error says.
+    """
+
+    def __init__(self, config: ExtractConfig, source: Source, backbone: Backbone) -> None:
+        self.config, self.source, self.device = config, source, backbone.device
+        self.transform = backbone.preprocessing.transform()
+        self.target = _fisher_target(source)
+        self.rows = _fisher_rows(config, source, self.target)
+        self.skipped: dict[int, str] = {}
+
+    def __call__(self) -> Iterator[tuple[Tensor, int]]:
+        left = self.config.fisher_samples
+        for row in self.rows:
+            if left == 0:
+                return
+            if row in self.skipped:
+                continue
+            try:
+                image = self.source.open(row)
+            except ImageError as error:
+                if self.config.on_error == "raise":
+                    raise
+                self.skipped[row] = str(error)
+                continue
+            left -= 1
+            yield self.transform(image).to(self.device), int(self.target.values[row])
+        if len(self.skipped) == len(self.rows):
+            raise SettingError(
+                f"expected labelled training images that can be read, came none of "
+                f"{len(self.rows)} ({self.skipped[self.rows[0]]}); --ladder-init magnitude needs "
+                "no images"
+            )
 
 
 def _fisher_target(source: Source) -> Labels:
@@ -402,7 +473,7 @@ def _fisher_target(source: Source) -> Labels:
 
 
 def _fisher_rows(config: ExtractConfig, source: Source, target: Labels) -> list[int]:
-    """Numbers of labelled training images, drawn at random from --seed."""
+    """Numbers of all labelled training images, in an order drawn from --seed."""
     known = target.values >= 0
     labelled = [i for i, row in enumerate(source.rows) if row.split == "train" and known[i]]
     if not labelled:
@@ -411,7 +482,7 @@ def _fisher_rows(config: ExtractConfig, source: Source, target: Labels) -> list[
             f"(splits: {', '.join(source.splits)}). --ladder-init magnitude needs no images."
         )
     order = np.random.default_rng(config.seed).permutation(len(labelled))
-    return [labelled[i] for i in order[: config.fisher_samples]]
+    return [labelled[i] for i in order]
 
 
 def _tables(source: Source, backbone: Backbone, digests: np.ndarray) -> dict[str, np.ndarray]:
@@ -426,6 +497,28 @@ def _tables(source: Source, backbone: Backbone, digests: np.ndarray) -> dict[str
         if tensor is not None:
             tables[f"final_norm/{name}"] = tensor.numpy()
     return tables
+
+
+def _repeated(source: Source, digests: np.ndarray) -> Iterator[Repeated]:
+    """Images that occur in several splits; the later split is named with the earlier."""
+    heads = digests[:, :8].copy().view(np.uint64)[:, 0]
+    _, places, counts = np.unique(heads, return_inverse=True, return_counts=True)
+    several = np.flatnonzero(counts[places] > 1).tolist()
+    first: dict[bytes, dict[str, int]] = {}  # digest → split → its first row
+    for row in several:
+        first.setdefault(bytes(digests[row]), {}).setdefault(source.rows[row].split, row)
+    for nothing in (bytes(32), hashlib.sha256(b"").digest()):
+        first.pop(nothing, None)  # what cannot be read is no image
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for row in several:
+        split = source.rows[row].split
+        for other, twin in first.get(bytes(digests[row]), {}).items():
+            if source.splits.index(other) < source.splits.index(split):
+                found.setdefault((split, other), []).append((row, twin))
+    for (split, other), pairs in found.items():
+        row, twin = pairs[0]
+        example = (source.rows[row].key, source.rows[twin].key)
+        yield Repeated(split=split, other=other, rows=len(pairs), example=example)
 
 
 def _sha256(values: Any) -> str:

@@ -4,8 +4,11 @@ A `Source` says which images there are, what is to be predicted of them, and how
 are read; `pipeline.sources` opens the kinds that there are.
 
 Decoding is timm's: Pillow, then `convert("RGB")`. Hence no EXIF rotation, transparency is dropped
-rather than blended, the first frame of an animation counts, and 16-bit greyscale above 255
-saturates. A source holds no open files: it can be pickled, and used from threads and forks.
+rather than blended, and the first frame of an animation counts. Grey of more than 8 bits, which
+Pillow turns white above 255, is first scaled from the depth that it fills (`_to_rgb`). Kinds that
+start another program are refused, whatever the file is called.
+
+A source holds no open files: it can be pickled, and used from threads and forks.
 What this file does not know: tensors, transforms, backbones.
 """
 
@@ -39,8 +42,19 @@ SPLIT_NAMES = {  # folder or CSV value, in any case → the split's name here
 }
 SPLIT_ORDER = ("train", "val", "test")
 
-# Pillow registers these suffixes too, but only writes them, needs a plug-in, or runs Ghostscript.
-NOT_PHOTOGRAPHS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+NOT_PHOTOGRAPHS = {  # Pillow registers these too, but for them it …
+    "BUFR": "needs a plug-in",
+    "EPS": "starts Ghostscript",
+    "GRIB": "needs a plug-in",
+    "HDF5": "needs a plug-in",
+    "IPTC": "opens what is inside, of any kind",
+    "MPEG": "decodes no frame",
+    "PALM": "only writes them",
+    "PDF": "only writes them",
+    "WMF": "needs Windows",
+}
+GREY_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # Pillow's, of whole numbers above 8 bits
+GREY_TOPS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # what scanners make
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # not the image's fault
 
 REPAIR = "Repair or remove the file"
@@ -143,11 +157,13 @@ def source_digests(
     threads: int = 8,
     on_error: str = "raise",
     report: Callable[[int, int], object] | None = None,
+    see: Callable[[bytes], object] | None = None,
 ) -> np.ndarray:
     """SHA-256 of every row, (N, 32) uint8, in order of rows; `report(done, total)` now and then.
 
-    An unreadable file raises ImageError; with `on_error="skip"` its row is 32 zero bytes. A file
-    that can be read but not decoded has a digest like any other.
+    `see` gets the bytes of each, in any thread. An unreadable file raises ImageError; with
+    `on_error="skip"` its row is 32 zero bytes. A file that can be read but not decoded has a digest
+    like any other.
     """
     if on_error not in ("raise", "skip"):
         raise SettingError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
@@ -159,10 +175,14 @@ def source_digests(
         stop = min(start + step, total)
         for index in range(start, stop):
             try:
-                digests[index] = np.frombuffer(source.sha256(index), np.uint8)
+                data = source.read(index)
             except ImageError:
                 if on_error == "raise":
                     raise
+                continue
+            digests[index] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+            if see is not None:
+                see(data)
         return stop
 
     with ThreadPoolExecutor(threads) as pool:
@@ -200,7 +220,7 @@ def decode(data: bytes, where: str, advice: str = REPAIR_OR_SKIP) -> Image.Image
     try:
         if not data:
             raise _Refused("the file is empty (0 bytes)")
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=photograph_formats()) as image:
             pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
             if limit is not None and pixels > limit:
                 raise _Refused(f"decompression bomb? {pixels} pixels, the limit is {limit}")
@@ -212,7 +232,7 @@ def decode(data: bytes, where: str, advice: str = REPAIR_OR_SKIP) -> Image.Image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"decompression bomb? {error}"
     except UnidentifiedImageError:
-        reason = f"not an image of a kind that Pillow reads ({len(data)} bytes)"
+        reason = _unidentified(data)
     except Exception as error:  # decoders also raise SyntaxError, ValueError, struct.error, …
         reason = f"truncated or damaged: {type(error).__name__}: {error}"
     raise ImageError(f"{where}: {reason}. {advice}")
@@ -305,6 +325,14 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(end for end, kind in registered.items() if kind not in NOT_PHOTOGRAPHS)
 
 
+@functools.cache
+def photograph_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are opened, common ones first."""
+    Image.preinit()
+    Image.init()
+    return tuple(kind for kind in Image.ID if kind not in NOT_PHOTOGRAPHS)
+
+
 # ---- one image, and small things ----------------------------------------------------------------
 
 
@@ -324,10 +352,53 @@ def _read_file(path: str, where: str, advice: str) -> bytes:
     raise ImageError(f"{where}: {reason}. {advice}")
 
 
+def _unidentified(data: bytes) -> str:
+    for kind, reason in NOT_PHOTOGRAPHS.items():
+        _, accepts = Image.OPEN.get(kind, (None, None))
+        if accepts is not None and accepts(data[:16]) is True:
+            return f"a file of the kind {kind}, which is refused: for it, Pillow {reason}"
+    return f"not an image of a kind that Pillow reads ({len(data)} bytes)"
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """As timm converts; but grey above 8 bits fits its range, or is refused where it has none.
+
+    White is the largest value of 8, 10, 12, 14 or 16 bits, the first that holds the image's largest
+    value: a 12-bit scan in a 16-bit file keeps its contrast, scans of one depth keep their
+    brightness beside each other, and values up to 255 stay what they are.
+    """
+    if image.mode in GREY_MODES:
+        return _eight_bits(image).convert("RGB")
+    if image.mode == "F":
+        raise _Refused(
+            "grey of floating point has no white; save it with 8 or 16 bits, from black to white"
+        )
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         return image.convert("RGBA").convert("RGB")  # the same colours, without Pillow's warning
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image)
+    low, high = int(pixels.min()), int(pixels.max())
+    if low < 0 or high > GREY_TOPS[-1]:
+        raise _Refused(
+            f"grey from {low} to {high}: expected 0 to {GREY_TOPS[-1]}; save it with 8 or 16 bits, "
+            "from black to white"
+        )
+    top = next(top for top in GREY_TOPS if high <= top)
+    return Image.fromarray(((pixels.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8))
+
+
+def is_deep_grey(data: bytes) -> bool:
+    """Whether an encoded image is grey above 8 bits, by its header."""
+    try:
+        with Image.open(io.BytesIO(data), formats=photograph_formats()) as image:
+            return image.mode in GREY_MODES
+    except MemoryError:
+        raise
+    except Exception:  # `decode` will say what is wrong with it
+        return False
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:

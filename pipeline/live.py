@@ -36,7 +36,7 @@ class LiveMember:
         preprocessing = self.backbone.preprocessing
         for batch in image_batches(
             source,
-            preprocessing.transform(),
+            preprocessing.transform(normalize=False),
             preprocessing.img_size,
             pending=[range(len(source.rows))],
             batch_size=batch_size,

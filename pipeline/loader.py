@@ -1,4 +1,7 @@
-"""Decoding in worker processes: rows of a source → batches of image tensors, in order.
+"""Decoding in worker processes: rows of a source → batches of pixels, in order.
+
+Pixels are bytes: batches wait in shared memory, of which a container has 64 MB, and travel to the
+device, where they are normalised.
 
 Batches are a fixed partition of the rows (batch b holds rows b*size … (b+1)*size - 1), whatever is
 still to be done: a resumed extraction therefore multiplies the same matrices as an uninterrupted
@@ -22,7 +25,7 @@ from pipeline.images import Source
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Rows `start … start + B - 1`: images (B, 3, H, W), zeros where `failures` says why."""
+    """Rows `start … start + B - 1`: images (B, 3, H, W) uint8, black where `failures` says why."""
 
     start: int
     images: Tensor
@@ -53,9 +56,10 @@ class _Collate:
 
     def __call__(self, items: list[tuple[int, Any]]) -> ImageBatch:
         failures = {row: str(item) for row, item in items if isinstance(item, ImageError)}
-        blank = torch.zeros(3, *self.size)
-        images = [blank if row in failures else item for row, item in items]
-        return ImageBatch(items[0][0], torch.stack(images), failures)
+        blank = torch.zeros(3, *self.size, dtype=torch.uint8)
+        images = torch.stack([blank if row in failures else item for row, item in items])
+        assert images.dtype == torch.uint8
+        return ImageBatch(items[0][0], images, failures)
 
 
 def image_batches(
@@ -68,7 +72,8 @@ def image_batches(
     workers: int,
     pin_memory: bool = False,
 ) -> Iterator[ImageBatch]:
-    """Every batch that holds a pending row, in order of rows; `size` is (H, W)."""
+    """Every batch that holds a pending row, in order of rows; `transform` makes pixels, `size` is
+    (H, W)."""
     rows = len(source.rows)
     touched = {row // batch_size for run in pending for row in run}
     batches = [

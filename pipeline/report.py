@@ -9,7 +9,7 @@ as `evaluate` wrote them down, never used.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +24,7 @@ from pipeline.config import Member, TrainConfig
 from pipeline.device import pick_device
 from pipeline.errors import PipelineError, RunError
 from pipeline.folder import replace_text
+from pipeline.images import Source
 from pipeline.leaderboard import (
     TITLES,
     Loaded,
@@ -36,6 +37,7 @@ from pipeline.leaderboard import (
 )
 from pipeline.metrics import SCORES
 from pipeline.mistakes import add_thumbnails, examine
+from pipeline.sources import opener
 
 PAGES = Path(__file__).parent / "pages"
 OF_THE_PASS = ("taps", "train_split", "val_split", "batch_size", "order_seed", "resident", "device")
@@ -59,6 +61,9 @@ def report(
     out: str | Path | None = None,
     member: str | None = None,
     images: str | None = None,
+    data_dir: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
     device: str = "auto",
     amp: bool | None = None,
 ) -> Written:
@@ -66,11 +71,13 @@ def report(
     to report.html here.
 
     `member` is looked at closely, by default the best of each task on validation; with `images`
-    (as `extract` takes them) its mistakes are shown. A cache that is gone, or images that are not
-    those of the cache, are left out and named in the result. Raises RunError if a run is not
-    finished or has no such member, SourceError if `images` cannot be opened.
+    (and their `data_dir`, `input_key`, `target_key`, as `extract` takes them) its mistakes are
+    shown. A cache that is gone, or images that are not those of the cache, are left out and named
+    in the result. Raises RunError if a run is not finished or has no such member, SourceError if
+    `images` cannot be opened.
     """
     pick_device(device)
+    open_images = opener(images, data_dir=data_dir, input_key=input_key, target_key=target_key)
     left_out: list[str] = []
     with ExitStack() as opened:
         loaded = [
@@ -81,7 +88,7 @@ def report(
         boards = [board(number, group, loaded) for number, group in enumerate(groups)]
         pairs = list(zip(boards, groups, strict=True))
         details = [
-            _detail(chosen, loaded[chosen.run], images, device, amp, left_out)
+            _detail(chosen, loaded[chosen.run], open_images, device, amp, left_out)
             | {"board": next(made["id"] for made, group in pairs if chosen in group)}
             for chosen in _chosen(loaded, member)
         ]
@@ -143,7 +150,7 @@ def _chosen(loaded: Sequence[Loaded], member: str | None) -> list[Trained]:
 def _detail(
     chosen: Trained,
     one: Loaded,
-    images: str | None,
+    open_images: Callable[..., Source] | None,
     device: str,
     amp: bool | None,
     left_out: list[str],
@@ -160,10 +167,8 @@ def _detail(
     except (CacheError, PipelineError) as error:
         left_out.append(f"{one.run.path}: no look at predictions: {error}")
         return detail | {"why": f"Left out: {error}."}
-    if images is not None and found["mistakes"]:
-        from pipeline.sources import open_source  # stage two must not need these
-
-        source = open_source(images, splits=one.config.val_split)
+    if open_images is not None and found["mistakes"]:
+        source = open_images(splits=one.config.val_split)
         missing = add_thumbnails(found["mistakes"], source, one.reader)
         left_out += [f"{one.run.path}: {text}" for text in missing]
     return detail | {"found": found}

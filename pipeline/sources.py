@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +86,9 @@ def open_source(
         return open_timm(text, splits=splits or ("train",), classes=of_label, options=options)
     if data_dir or input_key or target_key or download:
         raise SourceError(
-            f"{text}: data_dir, input_key, target_key and download belong to timm dataset strings "
-            f"({', '.join(f'{prefix}/…' for prefix in TIMM_PREFIXES)}), and this is none"
+            f"{text}: --data-dir, --input-key, --target-key and --dataset-download belong to timm "
+            f"dataset strings ({', '.join(f'{prefix}/…' for prefix in TIMM_PREFIXES)}); leave them "
+            "out, as this is none"
         )
     if path.is_dir():
         names = (VTAB_LISTS["train"], VTAB_LISTS["val"], VTAB_UNION)
@@ -104,6 +106,26 @@ def open_source(
         "path,label[,split], a VTAB-1K task folder, a .tar of images, or a timm dataset string: "
         + ", ".join(f"{prefix}/…" for prefix in TIMM_PREFIXES)
     )
+
+
+def opener(
+    images: str | None,
+    *,
+    data_dir: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+) -> Callable[..., Source] | None:
+    """`open_source` for `images`, to be called with what is known later; None if there are none."""
+    if images is not None:
+        return partial(
+            open_source, images, data_dir=data_dir, input_key=input_key, target_key=target_key
+        )
+    if data_dir or input_key or target_key:
+        raise SourceError(
+            "--data-dir, --input-key and --target-key say how images are opened, and there are "
+            "none here: name those too, or leave them out"
+        )
+    return None
 
 
 # ---- folders ------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import yaml
 
 from pipeline.config import Member, cross
 from pipeline.errors import SettingError
-from pipeline.members import make_members
+from pipeline.members import make_member
 from pipeline.side import ALIASES, METHODS
 
 _RANGE_KEYS = ("low", "high", "log", "step")
@@ -60,6 +60,22 @@ class Range:
         return {k: v for k, v in vars(self).items() if v not in (None, False)}
 
 
+class Chosen:
+    """Proposes what was chosen before; what has one value was not, and is the lowest."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.values[name]
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool) -> float:
+        return float(self.values.get(name, low))
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
+        return int(self.values.get(name, low))
+
+
 Axis = tuple[Any, ...] | Range
 
 
@@ -79,13 +95,14 @@ class Space:
     def propose(self, proposer: Proposer) -> Member:
         """One member. SettingError if the values proposed do not go together."""
         method = _suggest(proposer, "method", self.methods)
-        chosen = {n: [_suggest(proposer, n, a)] for n, a in self.axes_of(method).items()}
-        return make_members([method], chosen)[0]
+        chosen = {n: _suggest(proposer, n, a) for n, a in self.axes_of(method).items()}
+        return make_member(method, chosen)
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination, by the names that `propose` asks for; the last setting fastest.
 
-        SettingError names a setting that has no end of values.
+        Of those that make one and the same member, the first alone. SettingError names a setting
+        that has no end of values.
         """
         combinations: list[dict[str, Any]] = []
         for method in self.methods:
@@ -102,7 +119,17 @@ class Space:
                 if len(values) > 1:
                     lists[name] = (method,) if name == "method" else values
             combinations += cross(lists)
-        return combinations
+        kept: dict[str, dict[str, Any]] = {}
+        for combination in combinations:
+            kept.setdefault(self._made_of(combination), combination)
+        return list(kept.values())
+
+    def _made_of(self, combination: Mapping[str, Any]) -> str:
+        """What tells the member of a combination from others; the combination, if there is none."""
+        try:
+            return repr(self.propose(Chosen(combination)))
+        except SettingError:
+            return repr(combination)
 
     def most_epochs(self) -> int:
         """Of the longest member that may be proposed."""
@@ -156,7 +183,10 @@ def _hints(method: str) -> dict[str, Any]:
     for owner in (Member, METHODS[method].settings_class):
         types = typing.get_type_hints(owner)
         hints |= {field.name: types[field.name] for field in dataclasses.fields(owner)}
-    return {name: hint for name, hint in hints.items() if name not in ("method", "settings")}
+    others = (
+        {"method", "settings"} if METHODS[method].drops else {"method", "settings", "drop_path"}
+    )
+    return {name: hint for name, hint in hints.items() if name not in others}
 
 
 def _methods(where: str, value: Any) -> tuple[str, ...]:

@@ -495,7 +495,12 @@ def _open_torch(name: str, parts: list[_Part], classes: tuple[str, ...] | None) 
 def _check_torch(part: _Part) -> None:
     kind = part.dataset.rpartition("/")[2].lower()
     if part.options.data_dir is None:
-        raise SourceError(f"{part}: torchvision needs a folder; give data_dir (--data-dir)")
+        raise SourceError(f"{part}: torchvision needs a folder; name it with --data-dir")
+    if part.options.input_key or part.options.target_key:
+        raise SourceError(
+            f"{part}: torchvision's data sets have one image and one label each, and no columns; "
+            "leave out --input-key and --target-key"
+        )
     if kind in TRAIN_OR_TEST and part.timm_split not in ("train", "training", "test"):
         # timm would hand out the test set under any other name
         raise SourceError(f"{part}: this data set has the splits train and test alone")
@@ -503,7 +508,8 @@ def _check_torch(part: _Part) -> None:
 
 def _torchvision(part: _Part, *, alone: bool) -> Any:
     kind, root = part.dataset.rpartition("/")[2].lower(), part.options.data_dir or ""
-    with _as_source_error(f"{part}, data_dir {root}, download {part.options.download}"):
+    fetch = "" if part.options.download else "; to fetch what torchvision can: --dataset-download"
+    with _as_source_error(f"{part}, --data-dir {root}{fetch}"):
         dataset = create_dataset(
             part.dataset,
             root=root,

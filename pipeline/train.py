@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
 from cache import Reader
+from pipeline import __version__
 from pipeline.batches import (
     Batch,
     Batches,
@@ -620,7 +620,7 @@ def _shared_card(reader: Reader) -> dict[str, Any]:
         "preprocessing": identity["preprocessing"],
         "precision": identity["precision"],
         "storage": reader.manifest.storage,
-        "created_by": f"sidecache {version('sidecache')}",
+        "created_by": f"sidecache {__version__}",
     }
 
 

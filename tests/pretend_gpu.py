@@ -151,7 +151,9 @@ class PretendGPU(TorchFunctionMode):
             return self._pin(args[0].clone())
         if func is Tensor.is_pinned:
             return self._is_pinned(args[0])
-        if _is_gpu(kwargs.get("device")) and not isinstance(args[0] if args else None, OnGPU):
+        if _is_gpu(kwargs.get("device")) and isinstance(args[0] if args else None, OnGPU):
+            del kwargs["device"]  # its own; older releases of torch would look for a driver
+        elif _is_gpu(kwargs.get("device")):
             if func in (torch.tensor, torch.as_tensor):
                 self.synchronize("copy of a list")
             return OnGPU(func(*args, **{**kwargs, "device": "cpu"}), self)

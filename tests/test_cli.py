@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 from conftest import paint
+from test_house import sources
 
 from cli import main
+from pipeline import __version__
+from pipeline.demo import WEIGHTS
+from pipeline.errors import SourceError
+from pipeline.timm_datasets import TimmOptions
 
 SMALL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32", "-j", "0", "--device", "cpu"]
 
@@ -63,6 +72,81 @@ def test_the_whole_way(images: Path, tmp_path: Path) -> None:
     again = run("train", cache, "--method", "last", "--rank", 4, "--epochs", 20,
                 "--warmup-epochs", 1, "--lr", "1e-2", "--out", out, "--device", "cpu")  # fmt: skip
     assert "already finished, nothing to do" in again.stdout
+
+
+def test_a_timm_data_set_is_extracted_evaluated_and_shown(images: Path, tmp_path: Path) -> None:
+    cache, out = tmp_path / "c.zarr", tmp_path / "run"
+    named = ["torch/image_folder", "--data-dir", images]
+    backbone = ["--model", "test_vit", "--weights", WEIGHTS, "--img-size", 32]
+    splits = ["--split", "train,val,test"]
+    found = run_json("extract", *named, *splits, *backbone, "-j", 0, "--device", "cpu",
+                     "--out", cache)  # fmt: skip
+    assert found["rows"] == 24
+    result = run("train", cache, "--method", "linear", "--epochs", 1, "--warmup-epochs", 0,
+                 "--lr", "1e-9", "--device", "cpu", "--out", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    live = run_json("evaluate", out, *named, "--weights", WEIGHTS, "-j", 0, "--device", "cpu")
+    assert live["n"] == 6 and live["live"]
+    flags = ["--images", *named, "--device", "cpu", "--out", tmp_path / "page.html"]
+    assert run_json("report", out, *flags)["left_out"] == []
+    assert "data:image" in (tmp_path / "page.html").read_text()
+
+
+def test_what_is_said_of_a_timm_data_set_reaches_timm(
+    zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, tuple[str, ...], TimmOptions]] = []
+
+    def refuse(name: str, *, splits: tuple[str, ...], options: TimmOptions, **_: Any) -> None:
+        asked.append((name, splits, options))
+        raise SourceError("enough")
+
+    monkeypatch.setattr("pipeline.timm_datasets.open_timm", refuse)
+    out = tmp_path / "run"
+    run("train", zarr_cache, "--method", "linear", "--epochs", 1, "--warmup-epochs", 0,
+        "--lr", "1e-9", "--device", "cpu", "--out", out)  # fmt: skip
+    flags = ["--data-dir", "d", "--input-key", "img", "--target-key", "fine"]
+    calls = [
+        [
+            "extract",
+            "hfds/cifar10",
+            *flags,
+            "--dataset-download",
+            *SMALL,
+            "--out",
+            tmp_path / "c.h5",
+        ],
+        ["evaluate", out, "hfds/cifar10", "--split", "test", *flags, "--device", "cpu"],
+        ["report", out, "--images", "hfds/cifar10", *flags, "--device", "cpu"],
+    ]
+    for call in calls:
+        assert "enough" in run(*call).stderr
+    options = [TimmOptions("d", "img", "fine", download) for download in (True, False, False)]
+    splits = [("train",), ("test",), ("val",)]
+    assert asked == [("hfds/cifar10", s, o) for s, o in zip(splits, options, strict=True)]
+    for call in (["evaluate", out, *flags], ["report", out, *flags]):
+        result = run(*call)
+        assert result.exit_code == 1
+        assert "--data-dir, --input-key and --target-key say how images are opened" in result.stderr
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+
+def flags_named(text: str) -> set[str]:
+    """The flags in the string literals of a module: in its messages, help texts and docstrings."""
+    literals = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    return {flag for text in literals if isinstance(text, str) for flag in FLAG.findall(text)}
+
+
+def test_every_flag_that_a_message_recommends_exists() -> None:
+    known = {"--help", "--version"}
+    for command in main.commands.values():
+        known |= {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+    unknown = {module: flags_named(text) - known for module, text in sources().items()}
+    assert {module: flags for module, flags in unknown.items() if flags} == {}
+    planted = 'raise ValueError(f"{path}: see --data-dir, --no-such or --on-error skip")'
+    assert flags_named(planted) - known == {"--no-such"}
 
 
 def test_the_edges_way(images: Path, tmp_path: Path) -> None:
@@ -262,6 +346,67 @@ def test_config_file_fills_defaults_and_flags_win(zarr_cache: Path, tmp_path: Pa
     file.write_text("learning: 3\n")
     result = run("train", zarr_cache, "--config", file, "--method", "last", "--out", out)
     assert result.exit_code == 2 and "unknown key learning" in result.stderr
+
+
+UNINSTALLED = """
+import importlib.metadata as metadata, sys
+
+def without(name, real=metadata.distribution):
+    if name == "sidecache":
+        raise metadata.PackageNotFoundError(name)
+    return real(name)
+
+metadata.distribution = without
+import cli
+cli.main(sys.argv[1:], prog_name="sidecache")
+"""
+
+
+def test_a_clone_that_is_not_installed_works(
+    zarr_cache: Path, images: Path, tmp_path: Path
+) -> None:
+    """No metadata of ours is found: every command that writes the version down, and --version."""
+
+    def clone(*arguments: object) -> str:
+        line = [sys.executable, "-c", UNINSTALLED, *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout
+
+    assert clone("--version") == f"sidecache {__version__}\n"
+    clone("extract", images, *SMALL, "--out", tmp_path / "c.zarr")
+    clone("copy", tmp_path / "c.zarr", tmp_path / "d.zarr", "--taps", "last:1")
+    clone("train", zarr_cache, "--method", "linear", "--epochs", 1, "--warmup-epochs", 0,
+          "--device", "cpu", "--out", tmp_path / "run")  # fmt: skip
+    written = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert written["sidecache"] == __version__
+    setup = (Path(__file__).parent.parent / "setup.cfg").read_text()
+    assert "\nversion = attr: pipeline.__version__\n" in setup
+    assert version("sidecache") == __version__  # here it is installed
+
+
+def test_few_epochs_need_no_flag_for_their_warm_up(zarr_cache: Path, tmp_path: Path) -> None:
+    """The first thing that everybody types, alone and in lists; what came of it is written down."""
+    for number, (flags, warmups) in enumerate({
+        ("--method", "last", "--epochs", "1"): [0],
+        ("--method", "linear", "--epochs", "5"): [1],
+        ("--method", "linear,last", "--epochs", "2,10", "--drop-path", "0,0.1"): [0, 2, 0, 0, 2, 2],
+    }.items()):  # fmt: skip
+        out = tmp_path / f"run{number}"
+        found = run_json("train", zarr_cache, *flags, "--device", "cpu", "--out", out)
+        written = yaml.safe_load((out / "config.yaml").read_text())["members"]
+        assert [member["warmup_epochs"] for member in written] == warmups
+        assert [m["settings"]["warmup_epochs"] for m in found["members"]] == warmups
+    file = tmp_path / "c.yaml"
+    file.write_text("method: last\nepochs: 2\ndevice: cpu\n")
+    assert run("train", zarr_cache, "--config", file, "--out", tmp_path / "c").exit_code == 0
+    refused = run(
+        "train", zarr_cache, "--config", file, "--warmup-epochs", 3, "--out", tmp_path / "d"
+    )
+    assert refused.exit_code == 1 and "warmup_epochs = 3: expected" in refused.stderr
+    inert = run(
+        "train", zarr_cache, "--method", "linear", "--drop-path", 0.1, "--out", tmp_path / "e"
+    )
+    assert inert.exit_code == 1 and not (tmp_path / "e").exists()
+    assert "drop_path = 0.1: decides nothing, as linear has no residual branch" in inert.stderr
 
 
 def test_help_is_instant_and_the_module_runs() -> None:

@@ -39,7 +39,7 @@ LEVELS = [
     },
     {"pipeline.members", "pipeline.checkpoint", "pipeline.loader"},
     {"pipeline.batches", "pipeline.backbone", "pipeline.timm_datasets", "pipeline.optim"},
-    {"pipeline.taps", "pipeline.prune", "pipeline.blocks"},
+    {"pipeline.taps", "pipeline.prune", "pipeline.blocks", "pipeline.weights"},
     {"pipeline.images", "pipeline.side"},
     {
         "pipeline.config",

@@ -29,6 +29,7 @@ from pipeline.images import (
     Source,
     decode,
     image_suffixes,
+    is_deep_grey,
     open_photo,
     photos,
     source_digests,
@@ -464,7 +465,8 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     fails(tmp_path / "none", "none: nothing there", "folder per class", "hfds/…")
     fails(put(tmp_path / "x.zip", "x"), "x.zip: a file of another kind", ".tar")
     tree(tmp_path, "a/1.png")
-    fails(tmp_path, "data_dir", "timm dataset strings", data_dir="/data")
+    for option in ({"data_dir": "/data"}, {"input_key": "img"}, {"download": True}):
+        fails(tmp_path, "--data-dir, --input-key", "timm dataset strings", "leave them", **option)
 
 
 # ---- what every source does
@@ -633,7 +635,7 @@ def test_image_errors_survive_a_process_border() -> None:
 def test_every_mode_becomes_rgb_as_pillow_converts(mode: str) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
     if mode == "I;16":
-        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 2)
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16))
     else:
         image = Image.fromarray(pixels).convert("RGBA" if mode == "LA" else mode)
         image = image.convert(mode)
@@ -644,6 +646,91 @@ def test_every_mode_becomes_rgb_as_pillow_converts(mode: str) -> None:
     with Image.open(io.BytesIO(stream.getvalue())) as reference:
         assert reference.mode == mode
         assert got.tobytes() == reference.convert("RGB").tobytes()
+
+
+def grey(values: list[int], kind: str, mode: str) -> bytes:
+    """One row of pixels."""
+    image = Image.new(mode, (len(values), 1))
+    for place, value in enumerate(values):
+        image.putpixel((place, 0), value)
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+DEEP = [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B"), ("TIFF", "I"), ("PPM", "I")]
+
+
+@pytest.mark.parametrize(("kind", "mode"), DEEP)
+def test_grey_of_16_bits_keeps_its_contrast(kind: str, mode: str) -> None:
+    """Both byte orders; white is the top of the smallest usual depth that holds the values."""
+    data = grey([0, 1, 128, 257, 32768, 65534, 65535], kind, mode)
+    if kind == "TIFF":
+        assert data[:2] == (b"MM" if mode == "I;16B" else b"II")
+    assert levels(data) == [0, 0, 0, 1, 128, 255, 255]
+    assert levels(grey([0, 300, 2048, 4095], kind, mode)) == [0, 19, 128, 255]  # 12 bits
+    assert levels(grey([0, 256, 1023], kind, mode)) == [0, 64, 255]  # 10
+    assert levels(grey([16383, 4096], kind, mode)) == [255, 64]  # 14
+    assert levels(grey([7, 100, 255], kind, mode)) == [7, 100, 255]  # as ever
+
+
+def levels(data: bytes) -> list[int]:
+    got = np.asarray(decode(data, "x"))
+    assert (got == got[..., :1]).all()
+    return got[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "reason"),
+    [
+        ("F", [0.0, 0.5, 1.0], "grey of floating point has no white; save it with 8 or 16 bits"),
+        ("I", [0, 65536], "grey from 0 to 65536: expected 0 to 65535; save it"),
+        ("I", [-1000, 3000], "grey from -1000 to 3000: expected 0 to 65535; save it"),
+    ],
+)
+def test_grey_without_a_white_is_refused(mode: str, values: list[int], reason: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        decode(grey(values, "TIFF", mode), "scan.tif")
+    says(caught.value, "scan.tif: ", reason, "--on-error skip")
+
+
+def test_deep_grey_is_known_by_its_header() -> None:
+    for kind, mode in DEEP:
+        data = grey([0, 65535], kind, mode)
+        assert is_deep_grey(data)
+    assert not any(is_deep_grey(encoded(kind=kind)) for kind in ("PNG", "JPEG", "TIFF"))
+    assert not any(is_deep_grey(encoded(kind="PNG", mode=mode)) for mode in ("L", "RGBA"))
+    assert not any(is_deep_grey(data) for data, _ in FAULTS.values())
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def iptc(inside: bytes) -> bytes:
+    """An IPTC file of 10 x 10 grey pixels that holds another file."""
+
+    def field(record: int, number: int, data: bytes) -> bytes:
+        return bytes([0x1C, record, number]) + struct.pack(">H", len(data)) + data
+
+    size = [(3, 20, struct.pack(">H", 10)), (3, 30, struct.pack(">H", 10))]
+    head = [(3, 60, b"\x01\x00"), *size, (3, 120, b"\x00\x05")]
+    return b"".join(field(*part) for part in head) + field(8, 10, inside)
+
+
+@pytest.mark.parametrize("name", ["cat.jpg", "cat.png", "cat.eps"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_no_image_starts_another_program(
+    name: str, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    monkeypatch.setattr("subprocess.check_call", lambda command, **_: started.append(command))
+    data = iptc(EPS) if inside else EPS
+    with pytest.raises(ImageError) as caught:
+        decode(data, name)
+    refused = "the kind EPS, which is refused: for it, Pillow starts Ghostscript"
+    says(caught.value, f"{name}: ", "not an image of a kind" if inside else refused, "Repair")
+    assert not started
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
@@ -816,8 +903,9 @@ def test_torch_data_set_of_pixels(tmp_path: Path) -> None:
 
 def test_torch_errors(tmp_path: Path) -> None:
     root = str(tree(tmp_path, "a/1.png"))
-    fails("torch/cifar10", "data_dir", "--data-dir")
-    fails("torch/cifar10", "split train", "data_dir", "download", data_dir=root)
+    fails("torch/cifar10", "needs a folder", "--data-dir")
+    fails("torch/cifar10", "split train", f"--data-dir {root}", "--dataset-download", data_dir=root)
+    fails("torch/cifar10", "no columns", "leave out", data_dir=root, target_key="fine")
     fails("torch/cifar10", "train and test alone", data_dir=root, splits=("train", "val"))
     fails("torch/image_folder", "no folder", root, data_dir=root, splits=("train", "test"))
     fails("torch/unknown", "Unknown torchvision dataset", data_dir=root)

@@ -80,6 +80,10 @@ class Settings:
 
     POOLS: ClassVar[tuple[str, ...]] = ("mean", "cls")
 
+    def idle(self) -> dict[str, str]:
+        """Settings that decide nothing beside the others, and why."""
+        return {}
+
     def require(self, condition: bool, name: str, expected: str) -> None:
         """Refuse a value: `name` is the setting, `expected` what would be right."""
         if not condition:
@@ -98,6 +102,7 @@ class SideNetwork(nn.Module):
     method: ClassVar[str]
     settings_class: ClassVar[type[Settings]]
     recipe: ClassVar[dict[str, Any]] = {}  # learning settings that suit the method; ours
+    drops: ClassVar[bool] = False  # whether it has residual branches (`drop_sites`)
     stacked_on_cpu: ClassVar[int] = 2  # members; more stacks than cores keep all cores busy
     reads: tuple[str, ...]
 

@@ -107,6 +107,7 @@ class LST(SideNetwork):
 
     method = "lst"
     settings_class = LSTSettings
+    drops = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
 
     def __init__(self, spec: FeatureSpec, settings: LSTSettings, seeds: Sequence[int]) -> None:

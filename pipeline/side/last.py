@@ -56,6 +56,7 @@ class LAST(SideNetwork):
 
     method = "last"
     settings_class = LASTSettings
+    drops = True
 
     def __init__(self, spec: FeatureSpec, settings: LASTSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)

@@ -54,6 +54,9 @@ class LinearSettings(Settings):
             self.merge == "concat" or self.pool != "clsmean", "merge", "concat with pool clsmean"
         )
 
+    def idle(self) -> dict[str, str]:
+        return {"merge": "last_n is 1, and there is nothing to merge"} if self.last_n == 1 else {}
+
 
 class Linear(SideNetwork):
     """K linear probes."""

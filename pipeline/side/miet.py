@@ -77,6 +77,7 @@ class MIET(SideNetwork):
 
     method = "miet"
     settings_class = MIETSettings
+    drops = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
 
     def __init__(self, spec: FeatureSpec, settings: MIETSettings, seeds: Sequence[int]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -109,6 +113,38 @@ def test_last_tap_final_norm_and_head_give_the_models_own_logits(name: str) -> N
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("mean", [(0.485, 0.456, 0.406), (0.5, 0.5, 0.5), (0.0, 1.0, 0.3)])
+def test_pixels_normalised_are_the_transform_bit_for_bit(
+    crop_mode: str, mean: tuple[float, float, float]
+) -> None:
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 256, (70, 90, 3), np.uint8)) for _ in range(3)]
+    ramp = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    how = {"crop_mode": crop_mode, "mean": mean, "std": (0.229, 0.224, 0.1)}
+    backbone = load_backbone(
+        "test_convnext", device=CPU, pretrained=False, preprocessing={"img_size": (48, 64), **how}
+    )
+    whole = backbone.preprocessing.transform()
+    pixels = backbone.preprocessing.transform(normalize=False)
+    for image in images:
+        found = pixels(image)
+        assert found.dtype == torch.uint8 and found.shape == (3, 48, 64)
+        assert torch.equal(backbone.normalised(found[None])[0], whole(image))
+    exact = dataclasses.replace(backbone.preprocessing, img_size=(16, 16), crop_pct=1.0)
+    every = exact.transform(normalize=False)(Image.fromarray(ramp))
+    assert len(every.unique()) == 256
+    expected = exact.transform()(Image.fromarray(ramp))
+    assert torch.equal(backbone.normalised(every[None])[0], expected)
+
+
+def test_taps_of_pixels_are_those_of_the_normalised_images() -> None:
+    backbone = load("test_vit")
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    ours, theirs = (read(backbone, x) for x in (pixels, backbone.normalised(pixels)))
+    assert all(torch.equal(ours[i], theirs[i]) for i in theirs)
+
+
 def test_fewer_taps_run_fewer_blocks() -> None:
     backbone = load("test_vit")
     images = torch.randn(2, 3, 64, 64)
@@ -135,6 +171,77 @@ def test_weights_from_a_file_are_the_weights(tmp_path: Path) -> None:
     assert torch.equal(state["blocks.5.mlp.fc2.weight"], model.blocks[5].mlp.fc2.weight)
 
 
+class Payload:
+    """What a hostile file holds in place of a tensor: unpickled, it makes the file `mark`."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("container", [None, "state_dict", "model"])
+def test_weights_from_a_file_are_never_executed(
+    tmp_path: Path, zipped: bool, container: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a timm that executes pickles, as versions do that this project allows."""
+
+    def executing(path: str, *_: Any, **__: Any) -> Any:
+        return torch.load(path, weights_only=False)
+
+    monkeypatch.setattr("timm.models.load_state_dict", executing)
+    monkeypatch.setattr("timm.models._builder.load_state_dict", executing)
+    path, mark = tmp_path / "w.pth", tmp_path / "executed"
+    state = {**timm.create_model("test_vit").state_dict(), "head.bias": Payload(mark)}
+    torch.save(
+        {container: state} if container else state, path, _use_new_zipfile_serialization=zipped
+    )
+    with pytest.raises(BackboneError, match=r"w\.pth: .*mkdir.*Nothing .* executed.*safetensors"):
+        load_backbone("test_vit", device=CPU, weights=path)
+    assert not mark.exists()
+    torch.load(path, weights_only=False)  # it is as hostile as it says
+    assert mark.exists()
+
+
+def test_weights_in_every_container_that_timm_knows(tmp_path: Path) -> None:
+    """Averaged weights first; prefixes of wrappers removed; arguments of a training beside them."""
+    path = tmp_path / "w.pth"
+    torch.manual_seed(3)
+    wanted, other = (timm.create_model("test_vit").state_dict() for _ in range(2))
+    torch.save(wanted, path)
+    digest = load_backbone("test_vit", device=CPU, weights=path).weights_sha256
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in wanted.items()}
+    for saved in (
+        {"state_dict_ema": wanted, "state_dict": other, "epoch": 3},
+        {"model_ema": wanted, "model": other, "state_dict": other},
+        {"model": wanted, "model_ema": None, "args": argparse.Namespace(lr=0.1)},
+        {"state_dict": wrapped, "optimizer": {"state": {}}},
+        {"encoder": {f"module.{name}": tensor for name, tensor in wanted.items()}, "epoch": 1},
+    ):
+        torch.save(saved, path)
+        backbone = load_backbone("test_vit", device=CPU, weights=path)
+        assert backbone.weights_sha256 == digest
+        assert "state_dict" not in backbone.model.pretrained_cfg  # type: ignore[operator]
+
+
+def test_weights_in_the_layout_of_dinov2_and_of_another_size(tmp_path: Path) -> None:
+    """timm renames and resizes: as when it loads them itself."""
+    model: Any = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
+    state = {**model.state_dict(), "mask_token": torch.zeros(1, 192)}
+    for layer in ("weight", "bias"):
+        state[f"blocks.0.mlp.w12.{layer}"] = state.pop(f"blocks.0.mlp.fc1.{layer}")
+    torch.save(state, tmp_path / "w.pth")
+    at = {"device": CPU, "weights": tmp_path / "w.pth"}
+    same = load_backbone("vit_tiny_patch16_224", preprocessing={"img_size": (32, 32)}, **at)
+    loaded: Any = same.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+    larger: Any = load_backbone("vit_tiny_patch16_224", **at).model
+    assert larger.pos_embed.shape == (1, 197, 192)
+
+
 def test_random_weights_come_from_the_seed_and_leave_the_global_stream_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -153,11 +260,24 @@ def test_messages_name_what_was_expected(tmp_path: Path) -> None:
     save_file({k: v for k, v in state.items() if not k.startswith("blocks.5")}, partial)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nonsense")
+    for name, held in (
+        ("list", [1]),
+        ("empty", {}),
+        ("numbers", {1: 2}),
+        ("other", {"patch_embed.proj.weight": "text"}),
+    ):
+        torch.save(held, tmp_path / f"{name}.pth")
+    (tmp_path / "broken.pth").write_bytes(b"nonsense")
     cases = [
         ("no_such_vit", {}, "timm has no model 'no_such_vit'; close to it"),
         ("densenet121", {"pretrained": False}, "expected a model made of a run of blocks"),
         ("test_vit", {"weights": tmp_path / "absent.pth"}, "there is no such file"),
         ("test_vit", {"weights": broken}, "could not read it"),
+        ("test_vit", {"weights": tmp_path / "broken.pth"}, r"could not read it \(no tensors"),
+        ("test_vit", {"weights": tmp_path / "list.pth"}, "tensors by name.* came a list. Save"),
+        ("test_vit", {"weights": tmp_path / "empty.pth"}, "came nothing"),
+        ("test_vit", {"weights": tmp_path / "numbers.pth"}, "came a dict"),
+        ("test_vit", {"weights": tmp_path / "other.pth"}, "does not fit test_vit"),
         ("test_vit", {"weights": partial}, "does not fit test_vit.*blocks.5"),
         ("test_vit2", {"weights": partial}, "does not fit test_vit2"),
     ]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +25,10 @@ from PIL import Image
 import cli
 from cache import CacheIncomplete, IdentityMismatch, Reader, StorageOverflow, decode, verify
 from pipeline import extract as stage
-from pipeline.backbone import load_backbone
+from pipeline.backbone import Preprocessing, load_backbone
 from pipeline.errors import ImageError, SettingError
 from pipeline.extract import Skipped, extract
+from pipeline.loader import image_batches
 from pipeline.sources import open_source
 
 CPU = torch.device("cpu")
@@ -121,11 +123,34 @@ def test_the_identity_of_one_class_target_is_as_ever(images: Path, zarr_cache: P
     """Caches made before there were several targets are continued, not refused."""
     source = open_source(images)
     with Reader(zarr_cache) as reader:
+        names = set(reader.manifest.identity)
         identity = reader.manifest.identity["source"]
+    assert names == {
+        "backbone", "preprocessing", "taps", "gather", "tokens", "dtype", "precision", "views",
+        "source", "versions",
+    }  # fmt: skip
     assert set(identity) == {"files", "keys", "labels", "classes", "splits"}
     labels = [["blue", "green", "red"].index(row.key.split("/")[1]) for row in source.rows]
     for name, values in (("labels", labels), ("classes", ["blue", "green", "red"])):
         assert identity[name] == hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def test_deep_grey_is_part_of_the_identity(tmp_path: Path, zarr_cache: Path) -> None:
+    """Its pixels were others once: such a cache is refused, not mixed. Any other is as ever."""
+    images = paint(tmp_path / "images", train=1, val=1, test=1)
+    scan = images / "train" / "red" / "0.png"
+    pixels = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(pixels * 64).save(scan)
+    extract(extract_config(images, tmp_path / "deep.zarr"))
+    Image.fromarray((pixels * 64 * 255.0 / 65535).round().astype(np.uint8)).save(scan)
+    extract(extract_config(images, tmp_path / "flat.zarr"))
+    assert np.array_equal(arrays(tmp_path / "deep.zarr"), arrays(tmp_path / "flat.zarr"))
+    kept = [tmp_path / "deep.zarr", tmp_path / "flat.zarr", zarr_cache]
+    identities = []
+    for cache in kept:
+        with Reader(cache) as reader:
+            identities.append(reader.manifest.identity.get("decoding"))
+    assert identities == [{"grey": "by depth"}, None, None]
 
 
 def test_extraction_seconds_add_up_over_legs(
@@ -169,6 +194,19 @@ def test_storage_types_round_the_float32_features(
         extract(extract_config(images, out, dtype=dtype))
         stored = decode(arrays(out), dtype)
         assert (np.abs(stored - exact) <= np.abs(exact) * error + 1e-6).all()
+
+
+def test_images_travel_as_bytes(images: Path) -> None:
+    """A batch in shared memory takes a byte a pixel and channel; one that fails is black."""
+    source = open_source(images)
+    how = Preprocessing(img_size=(32, 32), crop_pct=1.0, crop_mode="center",
+                        interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)  # fmt: skip
+    (batch,) = image_batches(
+        source, how.transform(normalize=False), how.img_size,
+        pending=[range(24)], batch_size=24, workers=1,
+    )  # fmt: skip
+    assert batch.images.nbytes == 24 * 3 * 32 * 32
+    assert torch.equal(batch.images[7], how.transform(normalize=False)(source.open(7)))
 
 
 def test_worker_processes_change_nothing(zarr_cache: Path, images: Path, tmp_path: Path) -> None:
@@ -324,6 +362,62 @@ def test_a_value_that_does_not_fit_names_tap_and_image(
     extract(extract_config(images, tmp_path / "d.zarr", dtype="bfloat16"))
 
 
+def test_images_in_several_splits_are_told(tmp_path: Path) -> None:
+    """By their bytes, whatever they are called; when the cache is complete as well."""
+    images = paint(tmp_path / "images")
+    shutil.copy(images / "train" / "blue" / "0.png", images / "test" / "blue" / "1.png")
+    shutil.copy(images / "train" / "blue" / "0.png", images / "test" / "red" / "twin.png")
+    shutil.copy(images / "train" / "red" / "2.png", images / "val" / "red" / "1.png")
+    shutil.copy(images / "val" / "red" / "1.png", images / "val" / "red" / "again.png")
+    shutil.copy(images / "val" / "red" / "1.png", images / "test" / "red" / "1.png")
+    for name in ("train/blue/1.png", "test/blue/0.png"):
+        (images / name).write_bytes(b"")
+    config = extract_config(images, tmp_path / "c.zarr", on_error="skip")
+    for _ in range(2):
+        records: list[object] = []
+        extract(config, records.append)
+        assert [r for r in records if isinstance(r, stage.Repeated)] == [
+            stage.Repeated(
+                split=split, other=other, rows=rows, example=(f"{split}/{key}", f"{other}/{twin}")
+            )
+            for split, other, rows, key, twin in (
+                ("val", "train", 2, "red/1.png", "red/2.png"),
+                ("test", "train", 3, "blue/1.png", "blue/0.png"),
+                ("test", "val", 1, "red/1.png", "red/1.png"),
+            )
+        ]
+    arguments = ["extract", str(images), "--model", "test_vit", "--no-pretrained", "-j", "0"]
+    arguments += ["--img-size", "32", "--on-error", "skip", "--out", str(tmp_path / "d.zarr")]
+    lines = CliRunner().invoke(cli.main, arguments).stderr.splitlines()
+    assert "3 test images are also in train (e.g. test/blue/1.png = train/blue/0.png)" in lines
+    assert "1 test image is also in val (e.g. test/red/1.png = val/red/1.png)" in lines
+
+
+@pytest.mark.parametrize("size", [5, 4])
+def test_a_resume_with_another_batch_size_is_told(
+    images: Path, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, where rows are there already; the identity does not know it."""
+    monkeypatch.setattr("cache.manifest.SHARD_BYTES", 1)
+    out = tmp_path / "c.zarr"
+
+    def stop(record: object) -> None:
+        if isinstance(record, stage.Extracted) and record.rows >= 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(extract_config(images, out), stop)
+    arguments = ["extract", str(images), "--model", "test_vit", "--no-pretrained", "-j", "0"]
+    arguments += ["--img-size", "32", "--no-amp", "--device", "cpu", "--dtype", "float32"]
+    arguments += ["-b", str(size), "--out", str(out)]
+    for told in (size != 5, False):  # a complete cache has nothing to tell
+        result = CliRunner().invoke(cli.main, arguments)
+        assert result.exit_code == 0, result.output
+        assert (f"begun with -b 5: with -b {size}, the rest" in result.stderr) == told
+    with Reader(out) as reader:
+        assert reader.manifest.notes["batch_size"] == 5
+
+
 def ladder(path: Path) -> dict[str, np.ndarray]:
     with Reader(path) as reader:
         return reader.tables_below("ladder")
@@ -354,6 +448,29 @@ def test_pruned_weights_are_kept_and_not_computed_again(
     for change in ({"reduction": 2}, {"ladder_init": None}):
         with pytest.raises(IdentityMismatch, match="ladder"):
             extract(dataclasses.replace(config, **change))  # type: ignore[arg-type]
+
+
+def test_fisher_skips_what_the_extraction_skips(tmp_path: Path) -> None:
+    """The next image drawn takes its place, so that the weights are those of the rest alone."""
+    images = paint(tmp_path / "images")
+    pruned = {"ladder_init": "fisher", "reduction": 4, "fisher_samples": 50}
+    for name in ("red/1.png", "blue/0.png"):
+        (images / "train" / name).write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"\.png: not an image.*--on-error skip"):
+        extract(extract_config(images, tmp_path / "a.zarr", **pruned))
+    records: list[object] = []
+    skip = {**pruned, "on_error": "skip"}
+    result = extract(extract_config(images, tmp_path / "a.zarr", **skip), records.append)
+    assert sorted(result.skipped) == ["train/blue/0.png", "train/red/1.png"]
+    weighed = [record for record in records if isinstance(record, stage.Weighed)]
+    assert weighed[-1] == stage.Weighed(done=10, total=10, skipped=2)  # of 12 training rows
+    extract(extract_config(images, tmp_path / "b.zarr", **{**skip, "fisher_samples": 10}))
+    assert all(np.array_equal(ladder(tmp_path / "a.zarr")[name], table)
+               for name, table in ladder(tmp_path / "b.zarr").items())  # fmt: skip
+    for path in (images / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(SettingError, match=r"--ladder-init: .*came none of 12 \(.*\.png: not an"):
+        extract(extract_config(images, tmp_path / "c.zarr", **skip))
 
 
 def test_fisher_takes_the_first_target_of_kind_class(images: Path, tmp_path: Path) -> None:

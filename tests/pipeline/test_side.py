@@ -80,6 +80,22 @@ class TestContract:
         assert logits.shape == (3, 3, 5)
         assert torch.equal(logits, run(network, features))
 
+    def test_it_has_branches_to_drop_where_it_says_so(
+        self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
+    ) -> None:
+        network = build(make_spec(), method, settings)
+        assert (network.drop_sites > 0) == METHODS[method].drops
+
+    def test_idle_settings_decide_nothing(
+        self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
+    ) -> None:
+        network = build(make_spec(), method, settings)
+        others = {"merge": "mean"}
+        idle = {name: others[name] for name in network.settings.idle()}
+        again = build(make_spec(), method, {**settings, **idle})
+        features = features_for(network)
+        assert torch.equal(run(network, features), run(again, features))
+
     def test_every_parameter_gets_a_gradient_and_features_get_none(
         self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
     ) -> None:

@@ -19,7 +19,7 @@ from pipeline.checkpoint import Run
 from pipeline.errors import DeviceError, RunError, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.proposals import REDUCTION
-from pipeline.space import Range, Space, read_space
+from pipeline.space import Chosen, Range, Space, read_space
 from pipeline.sweep import (
     RoundStarted,
     SweepConfig,
@@ -136,6 +136,23 @@ def test_the_example_can_be_proposed_from() -> None:
 
 
 # --- sweeps -----------------------------------------------------------------------------------
+
+
+def test_a_grid_makes_no_member_twice(tmp_path: Path) -> None:
+    """Drop-path is no setting of linear; what to merge of one tap decides nothing."""
+    space = {"method": ["linear", "last"], "drop_path": [0.0, 0.1], "last_n": [1, 2],
+             "merge": ["concat", "mean"], "rank": {"low": 16, "high": 16}}  # fmt: skip
+    grid = read_space(space_file(tmp_path, **space)).grid()
+    assert [tuple(combination.values()) for combination in grid] == [
+        ("linear", 1, "concat"), ("linear", 2, "concat"), ("linear", 2, "mean"),
+        ("last", 0.0), ("last", 0.1),
+    ]  # fmt: skip
+    with pytest.raises(SettingError, match="drop_path: expected a setting of linear"):
+        read_space(space_file(tmp_path / "b", method="linear", drop_path=[0.0, 0.1]))
+    epochs = {"method": "linear", "epochs": [1, 30]}
+    space = read_space(space_file(tmp_path / "c", **epochs))
+    proposed = [space.propose(Chosen(combination)) for combination in space.grid()]
+    assert [member.warmup_epochs for member in proposed] == [0, 5]
 
 
 def test_a_grid_leaves_one_run_directory_of_all_members(zarr_cache: Path, tmp_path: Path) -> None:

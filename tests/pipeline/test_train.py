@@ -443,6 +443,68 @@ def test_lists_multiply_and_apply_where_they_fit() -> None:
         make_members(["lasst"], {})
 
 
+def test_a_warm_up_that_nobody_asked_for_fits_the_epochs() -> None:
+    """As recipes have it in their own epochs; at most a fifth of others."""
+    for epochs, last, linear in (
+        (1, 0, 0), (2, 0, 0), (4, 0, 0), (5, 1, 1), (9, 1, 1), (10, 2, 2), (15, 3, 3), (25, 3, 5),
+        (30, 3, 5), (100, 3, 5), (1000, 3, 5),
+    ):  # fmt: skip
+        members = make_members(["last", "linear"], {"epochs": [epochs]})
+        assert [member.warmup_epochs for member in members] == [last, linear]
+        assert Member(method="last", epochs=epochs).warmup_epochs == last
+    both = make_members(["linear"], {"epochs": [1, 30]})
+    assert [member.warmup_epochs for member in both] == [0, 5]
+    assert all(0 <= m.warmup_epochs <= m.epochs / 5 for m in make_members(list(METHODS), {}))
+    with pytest.raises(
+        SettingError, match=r"warmup_epochs = 3: expected .* fewer than the 2 epochs"
+    ):
+        make_members(["last"], {"epochs": [2, 30], "warmup_epochs": [3]})
+    with pytest.raises(SettingError, match="epochs = 0: expected 1 or more"):
+        make_members(["last"], {"epochs": [0]})
+
+
+def test_a_setting_that_decides_nothing_makes_no_member() -> None:
+    members = make_members(["linear", "last"], {"drop_path": [0.1, 0.0]})
+    assert [(m.method, m.drop_path) for m in members] == [
+        ("linear", 0.0), ("last", 0.1), ("last", 0.0),
+    ]  # fmt: skip
+    merged = make_members(["linear"], {"last_n": [1, 2], "merge": ["mean", "concat"]})
+    assert [(m.settings["last_n"], m.settings.get("merge")) for m in merged] == [
+        (1, None), (2, "mean"), (2, "concat"),
+    ]  # fmt: skip
+    warm = make_members(["last"], {"warmup_epochs": [0, 1], "warmup_lr": [1e-5, 1e-7]})
+    assert [(m.warmup_epochs, m.warmup_lr) for m in warm] == [(0, 1e-7), (1, 1e-5), (1, 1e-7)]
+
+
+@pytest.mark.parametrize(
+    ("methods", "axes", "message"),
+    [
+        (["linear"], {"drop_path": [0, 0.1]}, "drop_path = 0.1: decides nothing, as linear has no"),
+        (["attentive", "linear"], {"drop_path": [0.2]}, "drop_path = 0.2: .*leave it out"),
+        (["linear"], {"merge": ["mean"]}, "merge = mean: decides nothing, as last_n is 1"),
+        (
+            ["last"],
+            {"epochs": [2], "warmup_lr": [1e-6]},
+            "warmup_lr = 1e-06: .*there is no warm-up",
+        ),
+        (["last"], {"lr": [1e-3, 2e-3, 1e-3]}, "lr: expected every value once, came 0.001, 0.002"),
+        (["miet", "mist"], {}, "method: expected every value once, came miet, miet"),
+    ],
+)
+def test_a_setting_that_decides_nothing_at_all_is_refused(
+    methods: list[str], axes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        make_members(methods, axes)
+
+
+def test_a_setting_at_its_default_is_no_fault() -> None:
+    """The report's command lines name every setting."""
+    (member,) = make_members(["linear"], {})
+    written = {name: [value] for name, value in member.all_settings.items() if name != "task"}
+    assert make_members(["linear"], {**written, "last_n": [1], "merge": ["concat"]})[0].lr == 1e-2
+
+
 def test_config_round_trip(tmp_path: Path) -> None:
     config = train_config(Path("a.zarr"), Path("run"), LAST, LINEAR)
     plain = yaml.safe_load(yaml.safe_dump(config.to_dict()))
