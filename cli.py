@@ -1,7 +1,8 @@
 """The command line: parse, call one library function, print. The only place that prints.
 
 stdout carries results (`--json` on every command that has one), stderr everything else. Exit
-codes: 0; 1 a known error, one line without traceback; 2 usage. Nothing heavy is imported before a
+codes: 0; 1 a known error, one line without traceback; 2 usage; 130 and 143 after Ctrl-C and
+SIGTERM. Nothing heavy is imported before a
 command runs, so that help answers at once.
 """
 
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 import click
 
 from pipeline import __version__
+from pipeline.process import Sigterm, Terminated
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -135,7 +137,8 @@ def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
     function = click.option(
         "--amp/--no-amp",
         default=None,
-        help="bfloat16 products, or float32 throughout.  [default: what the hardware does fast]",
+        help="bfloat16 products, or float32 throughout.  [default: what the run began in, "
+        "or what the hardware does fast]",
     )(function)
     return click.option(
         "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
@@ -202,15 +205,17 @@ class Sidecache(click.Group):
     """Turns known errors into one line on stderr and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        kept = "what was finished is kept, the same command goes on from there"
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _fail(
-                "interrupted; what was finished is kept, the same command goes on from there", 130
-            )
-        except BrokenPipeError:
-            raise SystemExit(1) from None
-        except Exception as error:
+            with Sigterm() as sigterm:
+                return super().invoke(ctx)
+        except (KeyboardInterrupt, Exception) as error:
+            if sigterm.came or isinstance(error, Terminated):
+                _fail(f"terminated; {kept}", 143)
+            if isinstance(error, KeyboardInterrupt):
+                _fail(f"interrupted; {kept}", 130)
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(1) from None
             if not _known(error):
                 raise
             _fail(str(error), 1)

@@ -1,29 +1,30 @@
 """The run directory: what a training pass leaves behind, and how it goes on after being killed.
 
-    config.yaml        what was asked, every default written out
-    environment.json   versions, device, cache fingerprint
+    config.yaml        what was asked, every default written out, places absolute
+    environment.json   versions, device, precision, cache fingerprint
     metrics.jsonl      one line a member and epoch
     checkpoint.pt      all members' parameters and moments, at the end of an epoch (until finished)
     summary.csv        one line a member; its presence means that the run is finished
     members/<id>/      adapter_model.safetensors + adapter_config.json: a member by itself
 
 A member carries all that its use needs: settings, classes, feature shape, the frozen final norm,
-and the backbone's identity and preprocessing. Every file is written beside itself and renamed.
+and the backbone's identity and preprocessing. One process at a time writes a run (`folder.py`). A
+folder is a run if its two documents say so, never by its names: nothing else is deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import yaml
@@ -31,25 +32,49 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import __version__
-from pipeline.config import TrainConfig
+from pipeline.config import PassConfig, TrainConfig
 from pipeline.errors import RunError
+from pipeline.folder import (
+    append_text,
+    delete,
+    hold,
+    make_folder,
+    other_names,
+    replace_text,
+    sweep_litter,
+    sync_file,
+    whole_file,
+)
 from pipeline.metrics import SCORES, Task, finite, rank
 from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
+from pipeline.tensorboard import FOLDER as EVENTS
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINT, SUMMARY, MEMBERS, COST = "checkpoint.pt", "summary.csv", "members", "cost.json"
-EVALUATIONS = "evaluations.jsonl"
+EVALUATIONS, PAGE = "evaluations.jsonl", "report.html"
+REFIT = "refit"  # a run of its own inside the run
+SWEEP, STUDY, ROUND = "sweep.yaml", "study.db", "round"  # what a sweep has beside the rest
+_MEMBER = ("adapter_model.safetensors", "adapter_config.json")
+_LEFT = (  # by a run, its evaluations, its events; without the two documents that say whose it is
+    SUMMARY, CHECKPOINT, METRICS, COST, EVALUATIONS,
+    *(f"{MEMBERS}/m*/{name}" for name in (*_MEMBER, ".*.partial")),
+    f"{EVENTS}/m*/events.out.tfevents.*",
+)  # fmt: skip
+_PAGE_SAYS = "sidecache report"
+_DELETE_IT = "Delete that file, and the same command trains from the first epoch."
 CARD_VERSION = 3  # of adapter_config.json; 1 knew plain ViTs only, 2 one class target
 _NORM_WEIGHT, _NORM_BIAS = "final_norm.weight", "final_norm.bias"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedMember:
-    """One member read back: `network` has K = 1; `card` is its adapter_config.json."""
+    """One member read back: `network` has K = 1; `card` is its adapter_config.json; `precision` is
+    the one that it learned in."""
 
     id: str
     network: SideNetwork
     card: dict[str, Any]
+    precision: torch.dtype
 
     @property
     def task(self) -> Task:
@@ -58,56 +83,177 @@ class TrainedMember:
 
 
 class Run:
-    """One run directory."""
+    """One run directory. As a context manager it ends the lock that `hold` or `begin` took."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether this is a run: not by its names, which others use too, but by what they say."""
+        config = _document(self.path / CONFIG)
+        return _says_environment(self.path) and {"cache", "out", "members"} <= config.keys()
 
     @property
     def finished(self) -> bool:
         return (self.path / SUMMARY).exists()
 
-    def begin(self, config: TrainConfig, environment: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Make the directory, or find the same run in it; its checkpoint if there is one.
+    @property
+    def precision(self) -> torch.dtype:
+        """The one that its members learn in."""
+        precision: torch.dtype = getattr(torch, self.environment()["precision"])
+        return precision
 
-        Raises RunError if the directory holds another run, naming what differs, or anything else.
+    def hold(self) -> None:
+        """Make the directory if need be, and keep other processes from writing it. RunError if one
+        does."""
+        self._lock = hold(self.path)
+
+    def begin(self, config: TrainConfig, environment: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Make the directory, or find the same run in it; its checkpoint if there is one. Keeps
+        other processes out until the end of the `with` statement.
+
+        Raises RunError if the directory holds another run, naming what differs, or anything else,
+        or if another process writes it.
         """
-        if config.overwrite and (self.path / CONFIG).exists():
-            shutil.rmtree(self.path)
-        if (self.path / CONFIG).exists():
-            self._refuse_another(config, environment["fingerprint"])
-            checkpoint = self.path / CHECKPOINT
-            if not checkpoint.exists():
-                return None
-            return torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if self.path.exists() and any(self.path.iterdir()):
-            raise RunError(
-                f"{self.path}: expected a new or empty folder for the run, or one that `train` "
-                f"made; it holds other files. Choose another --out."
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.hold()
+        if not self.begun:
+            self._refuse_other_files()
+        elif config.overwrite:
+            self.clear()
+        else:
+            self._refuse_another(config, environment)
+            return self._checkpoint()
+        swept = bool(self.sweep())
         self._write(ENVIRONMENT, json.dumps(environment, indent=1, allow_nan=False) + "\n")
-        self._write(CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        self.write_config(config)
+        if swept:
+            (self.path / SWEEP).unlink()
         return None
+
+    def amp(self, config: PassConfig) -> bool | None:
+        """What `amp` means for a pass that goes on here: left open, the run's own precision,
+        whatever this machine is fast in. `begin` refuses another one."""
+        if config.amp is not None or config.overwrite or not self.begun:
+            return config.amp
+        return self.precision == torch.bfloat16
 
     def config(self) -> TrainConfig:
         """The configuration that the run was made with. RunError if this is no run."""
-        if not (self.path / CONFIG).exists():
+        if not self.begun:
             raise RunError(f"{self.path}: expected a run directory made by `train` (no {CONFIG})")
-        return TrainConfig.from_dict(yaml.safe_load((self.path / CONFIG).read_text()))
+        try:
+            return TrainConfig.from_dict(_document(self.path / CONFIG))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self.path}: its {CONFIG} was written by another version of this program "
+                f"({error}): train again"
+            ) from error
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Replace config.yaml. Its places are absolute: they mean the same from any folder."""
+        cache, out = (str(Path(place).absolute()) for place in (config.cache, config.out))
+        values = replace(config, cache=cache, out=out).to_dict()
+        self._write(CONFIG, yaml.safe_dump(values, sort_keys=False))
+
+    def cache(self) -> str:
+        """Where its cache is: where it was, or as far from the run as it was, if both were moved.
+
+        Raises RunError if it is in neither place.
+        """
+        config = self.config()
+        moved = os.path.normpath(self.path / os.path.relpath(config.cache, config.out))
+        for place in (config.cache, moved):
+            if Path(place).exists():
+                return place
+        raise RunError(
+            f"{self.path}: expected the cache that it was trained from at {config.cache}, or at "
+            f"{moved}, as far from the run as it was; there is none. Name its place with "
+            f"`evaluate --cache`, or put it there."
+        )
+
+    def sweep(self) -> dict[str, Any]:
+        """What sweep.yaml says; {} if no sweep is here."""
+        values = _document(self.path / SWEEP)
+        return values if {"fingerprint", "space"} <= values.keys() else {}
+
+    def clear(self) -> None:
+        """Delete what a run, a sweep, their refit, evaluations and page left here, and nothing
+        else. The documents that say whose directory this is stay: a kill leaves it a run."""
+        delete(self.path, _LEFT)
+        for name in (ROUND, REFIT):
+            Run(self.path / name).remove()
+        if self.sweep():
+            delete(self.path, (STUDY, f"{STUDY}-journal"))
+        page = self.path / PAGE
+        if page.is_file() and _PAGE_SAYS in page.read_text(encoding="utf-8", errors="ignore"):
+            page.unlink()
+
+    def remove(self) -> None:
+        """Delete a run with its directory. What is not a run's stays, and with it the directory.
+
+        Raises RunError if another process writes it.
+        """
+        if not self.path.is_dir():
+            return
+        with self:
+            self.hold()
+            if self.begun or not self._other_files():
+                self.clear()
+                self.disown()
+                sweep_litter(self.path, older_than=0.0)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def disown(self) -> None:
+        """Delete the documents of a run. Of a half-deleted one the environment is left, as of one
+        that has only just been begun."""
+        delete(self.path, (CONFIG, ENVIRONMENT))
+
+    def _refuse_other_files(self) -> None:
+        others = self._other_files()
+        if others:
+            raise RunError(
+                f"{self.path}: expected a new or empty folder for the run, or one that `train` "
+                f"made; it holds other files ({listed(others)}). Choose another --out."
+            )
+
+    def _other_files(self) -> list[str]:
+        """What is here beside that with which `begin` begins."""
+        return other_names(self.path, [ENVIRONMENT] if _says_environment(self.path) else [])
+
+    def _checkpoint(self) -> dict[str, Any] | None:
+        path = self.path / CHECKPOINT
+        if self.finished or not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of whatever part of torch came upon the damage
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise RunError(f"{path} is damaged ({reason}). {_DELETE_IT}") from error
+        if not isinstance(state, dict):
+            raise RunError(f"{path} holds no checkpoint. {_DELETE_IT}")
+        return state
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        partial = self.path / f"{CHECKPOINT}.partial"
-        torch.save(state, partial)
-        partial.replace(self.path / CHECKPOINT)
+        with whole_file(self.path / CHECKPOINT) as partial:
+            torch.save(state, partial)
 
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Replace metrics.jsonl: on resume, lines after the checkpoint must go."""
         self._write(METRICS, "".join(map(_line, lines)))
 
     def append_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        with (self.path / METRICS).open("a") as file:
-            file.writelines(map(_line, lines))
+        append_text(self.path / METRICS, "".join(map(_line, lines)))
 
     def metrics(self) -> list[dict[str, Any]]:
         return _read_lines(self.path / METRICS)
@@ -123,6 +269,7 @@ class Run:
 
     def finish(self, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> None:
         """Write cost.json, then summary.csv, which makes the run finished; drop the checkpoint."""
+        sync_file(self.path / METRICS)
         self._write(COST, json.dumps(cost, indent=1, allow_nan=False) + "\n")
         names = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
@@ -131,13 +278,14 @@ class Run:
         writer.writerows(rows)
         self._write(SUMMARY, text.getvalue())
         (self.path / CHECKPOINT).unlink(missing_ok=True)
+        sweep_litter(self.path)
 
     def summary(self) -> list[dict[str, str]]:
         """The lines of summary.csv. RunError if the run is not finished."""
         if not self.finished:
             raise RunError(
                 f"{self.path}: this run is not finished; the same `train` command continues it"
-                if (self.path / CONFIG).exists()
+                if self.begun
                 else f"{self.path}: expected a run directory made by `train`"
             )
         with (self.path / SUMMARY).open(newline="") as file:
@@ -157,10 +305,9 @@ class Run:
             if constant is not None:
                 tensors[name] = constant.cpu().clone()
         folder = self.path / MEMBERS / member_id
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "adapter_model.partial"
-        save_file(tensors, partial, metadata={"format": "pt", "method": network.method})
-        partial.replace(folder / "adapter_model.safetensors")
+        make_folder(folder)
+        with whole_file(folder / "adapter_model.safetensors") as partial:
+            save_file(tensors, partial, metadata={"format": "pt", "method": network.method})
         text = json.dumps({**card, "features": spec}, indent=1, allow_nan=False) + "\n"
         self._write(f"{MEMBERS}/{member_id}/adapter_config.json", text)
 
@@ -224,27 +371,31 @@ class Run:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
-        return TrainedMember(id=member_id, network=network.to(device).eval(), card=card)
+        network = network.to(device).eval()
+        return TrainedMember(id=member_id, network=network, card=card, precision=self.precision)
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Append to evaluations.jsonl what `evaluate` measured."""
-        with (self.path / EVALUATIONS).open("a") as file:
-            file.write(_line(record))
+        append_text(self.path / EVALUATIONS, _line(record))
+        sync_file(self.path / EVALUATIONS)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """What `evaluate` measured so far."""
         return _read_lines(self.path / EVALUATIONS)
 
-    def _refuse_another(self, config: TrainConfig, fingerprint: str) -> None:
+    def _refuse_another(self, config: TrainConfig, environment: Mapping[str, Any]) -> None:
         mine, theirs = config.progress_key(), self.config().progress_key()
         differing = [
             f"{name}: {theirs.get(name)!r} there, {mine[name]!r} asked for"
             for name in mine
             if mine[name] != theirs.get(name)
         ]
-        before = self.environment()["fingerprint"]
-        if before != fingerprint:
-            differing.append(f"cache fingerprint: {before[:12]} there, {fingerprint[:12]} given")
+        before = self.environment()
+        if before["fingerprint"] != environment["fingerprint"]:
+            prints = [facts["fingerprint"][:12] for facts in (before, environment)]
+            differing.append(f"cache fingerprint: {prints[0]} there, {prints[1]} given")
+        if before["precision"] != environment["precision"]:
+            differing.append(precision_differs(before["precision"], environment["precision"]))
         if differing:
             raise RunError(
                 f"{self.path} holds another run:\n  "
@@ -256,11 +407,29 @@ class Run:
         replace_text(self.path / name, text)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def precision_differs(there: str, asked: str) -> str:
+    """What to say of a run or sweep that is to go on in another precision."""
+    flag = "--amp" if asked == "bfloat16" else "--no-amp"
+    return f"precision: {there} there, {asked} asked for by {flag}; without it, {there} goes on"
+
+
+def _says_environment(path: Path) -> bool:
+    return {"fingerprint", "precision"} <= _document(path / ENVIRONMENT).keys()
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """What a YAML or JSON file says; {} if it is not there, or is no document of ours."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f", … {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -268,11 +437,13 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of lines. Earlier versions wrote NaN, which is no JSON: None."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line, parse_constant=lambda _: None) for line in lines]
+    """The records of a file of lines. What a crash has cut is none; earlier versions wrote NaN,
+    which is no JSON: None."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line, parse_constant=lambda _: None))
+    return records
 
 
 def member_id(position: int) -> str:

@@ -190,7 +190,7 @@ class PassConfig:
 
     `batch_size` and `order_seed` are the pass's: all members see the same batches, which is what
     lets them share the reads. `val_split` may be empty: then nothing is validated. What is in FREE
-    does not decide the result.
+    does not decide the result; `amp` does by the precision that it comes to, which a run records.
     """
 
     cache: str
@@ -206,7 +206,7 @@ class PassConfig:
     overwrite: bool = False
 
     RESIDENTS = ("auto", "device", "ram", "disk")
-    FREE: ClassVar[tuple[str, ...]] = ("cache", "out", "resident", "device", "overwrite")
+    FREE: ClassVar[tuple[str, ...]] = ("cache", "out", "resident", "device", "amp", "overwrite")
 
     def __post_init__(self) -> None:
         require(self, self.batch_size >= 1, "batch_size", "1 or more")

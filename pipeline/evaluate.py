@@ -96,7 +96,7 @@ def evaluate(
             for member in trained
         ]
     else:
-        source = str(cache or directory.config().cache)
+        source = str(cache or directory.cache())
         scores = _cached(trained, source, split, chosen, amp)
     results = [
         Evaluation(
@@ -150,7 +150,7 @@ def _cached(
         tasks = list(dict.fromkeys(member.task.name for member in trained))
         rows = labelled_rows(reader, split, tasks)
         networks = [member.network for member in trained]
-        dtype = pick_precision(device, amp)
+        dtype = trained[0].precision if amp is None else pick_precision(device, amp)
         batches = Batches(reader, rows, networks, device=device, dtype=dtype)
         entries = [(i, member.network, member.task) for i, member in enumerate(trained)]
         return [scores for (scores,) in score(entries, batches, workers)]

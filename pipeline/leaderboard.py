@@ -18,6 +18,7 @@ from typing import Any
 from cache import CacheError, Reader
 from pipeline.checkpoint import Run, loss_of, position_of, score_of
 from pipeline.config import Member, TrainConfig
+from pipeline.errors import RunError
 from pipeline.metrics import Task, rank
 
 TITLES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "r2": "R²", "mae": "mean absolute error"}
@@ -68,11 +69,11 @@ def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loa
     summary, config, environment = run.summary(), run.config(), run.environment()
     reader: Reader | None = None
     try:
-        reader = opened.enter_context(Reader(config.cache))
+        reader = opened.enter_context(Reader(run.cache()))
         if reader.fingerprint != environment.get("fingerprint"):
-            reason = f"{config.cache} is another cache now than the one trained on"
+            reason = f"{reader.location} is another cache now than the one trained on"
             reader = None
-    except CacheError as error:
+    except (CacheError, RunError) as error:
         reason = str(error)
     if reader is None:
         left_out.append(f"{path}: no look at predictions: {reason}")

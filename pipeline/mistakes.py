@@ -57,7 +57,7 @@ def _predict(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row numbers (N,), labels (N, …) and the network's outputs (N, C) of the validation rows."""
     chosen = pick_device(device)
-    dtype = pick_precision(chosen, config.amp if amp is None else amp)
+    dtype = trained.precision if amp is None else pick_precision(chosen, amp)
     labelled = labelled_rows(reader, config.val_split, [trained.task.name])
     network, task = trained.network.to(chosen), trained.task
     batches = Batches(reader, labelled, [network], device=chosen, dtype=dtype)

@@ -1,13 +1,19 @@
-"""Settings of the whole process that make training on a CPU several times faster.
+"""Settings of the whole process: they make training on a CPU several times faster, and SIGTERM an
+interrupt.
 
-Only what owns its process calls this (the command line, benchmarks), before torch is loaded; the
+Only what owns its process uses this (the command line, benchmarks), before torch is loaded; the
 library never does it behind anyone's back.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+import signal
+import sys
+import threading
+from typing import Any, ClassVar, Self
 
 SPIN_COUNT = "2000"  # rounds that an idle OpenMP thread waits awake, some ten microseconds
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -28,3 +34,90 @@ def settle_process() -> None:
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, as a scheduler sends it before it kills: whoever minds Ctrl-C minds it too."""
+
+
+class Sigterm:
+    """While it is open, the first SIGTERM raises Terminated in the main thread; `came` says so.
+
+    Later ones do not disturb what the first sets off, up to the end of the process. It is raised a
+    moment later where Python would swallow it: amid a fork, whose hooks it would tear besides, or
+    in a destructor. A forked process, such as a decoding worker, just ends. Nothing happens outside
+    a main thread, or where somebody else minds SIGTERM.
+    """
+
+    SECONDS = 0.05  # until it is raised again
+    open: ClassVar[Sigterm | None] = None
+
+    def __init__(self) -> None:
+        self.came = False
+        self._process = os.getpid()
+        self._forking = self._late = False
+        self._unraisable = sys.unraisablehook
+
+    def __enter__(self) -> Self:
+        unclaimed = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        if unclaimed and threading.current_thread() is threading.main_thread():
+            _watch_forks()
+            Sigterm.open = self
+            sys.unraisablehook = self._swallowed
+            signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if Sigterm.open is self and not self.came:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            sys.unraisablehook = self._unraisable
+            Sigterm.open = None
+
+    def _handle(self, _number: int, _frame: object) -> None:
+        if os.getpid() != self._process:
+            self.forked()
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif self._late or not self.came:
+            self.came, self._late = True, self._forking
+            if not self._late:
+                raise Terminated
+
+    def _swallowed(self, unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, Terminated):
+            self._late = True
+            self._again()
+        elif not self.came:  # else: of something that was torn
+            self._unraisable(unraisable)
+
+    def _again(self) -> None:
+        main = threading.main_thread().ident
+        again = threading.Timer(self.SECONDS, signal.pthread_kill, (main, signal.SIGTERM))
+        again.daemon = True
+        again.start()
+
+    def before_fork(self) -> None:
+        self._forking = True
+
+    def after_fork(self) -> None:
+        self._forking = False
+        if self._late:
+            self._again()
+
+    def forked(self) -> None:
+        """In the new process: SIGTERM ends it."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@functools.cache
+def _watch_forks() -> None:
+    """Python never forgets such hooks: they are registered once."""
+
+    def tell(name: str) -> None:
+        if Sigterm.open is not None:
+            getattr(Sigterm.open, name)()
+
+    os.register_at_fork(
+        before=functools.partial(tell, "before_fork"),
+        after_in_parent=functools.partial(tell, "after_fork"),
+        after_in_child=functools.partial(tell, "forked"),
+    )

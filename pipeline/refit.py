@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline.checkpoint import Run, position_of, score_of
+import torch
+
+from pipeline.checkpoint import REFIT, Run, position_of, score_of
 from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError, SettingError
 from pipeline.train import Report, TrainResult, train
-
-REFIT = "refit"  # the run directory inside the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,8 @@ def _settings(
 
 
 def refit_config(run: Run, seeds: Sequence[int], winning: Sequence[Winner]) -> TrainConfig:
-    """The pass that trains the winners with `seeds` on train and val, into RUN/refit.
+    """The pass that trains the winners with `seeds` on train and val, into RUN/refit, in the run's
+    own precision.
 
     Raises SettingError without a seed, or with one twice.
     """
@@ -90,7 +91,9 @@ def refit_config(run: Run, seeds: Sequence[int], winning: Sequence[Winner]) -> T
     members = [replace(winner.member, seed=seed) for winner in winning for seed in seeds]
     return replace(
         config,
+        cache=run.cache(),
         out=str(run.path / REFIT),
+        amp=run.precision == torch.bfloat16,
         members=tuple(members),
         train_split=(*config.train_split, *config.val_split),
         val_split=(),
@@ -107,6 +110,8 @@ def refit(
 ) -> TrainResult:
     """Train `winning` with `seeds`; as `train` it goes on after a kill, and is done once.
 
-    Raises as `refit_config` and `train` do.
+    Keeps other processes from writing `run` meanwhile. Raises as `refit_config` and `train` do.
     """
-    return train(replace(refit_config(run, seeds, winning), overwrite=overwrite), report)
+    with run:
+        run.hold()
+        return train(replace(refit_config(run, seeds, winning), overwrite=overwrite), report)

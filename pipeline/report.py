@@ -19,10 +19,11 @@ from typing import Any
 import jinja2
 
 from cache import CacheError
-from pipeline.checkpoint import SUMMARY, member_id, replace_text
+from pipeline.checkpoint import PAGE, SUMMARY, member_id
 from pipeline.config import Member, TrainConfig
 from pipeline.device import pick_device
 from pipeline.errors import PipelineError, RunError
+from pipeline.folder import replace_text
 from pipeline.images import Source
 from pipeline.leaderboard import (
     TITLES,
@@ -40,7 +41,6 @@ from pipeline.mistakes import add_thumbnails, examine
 from pipeline.sources import opener
 
 PAGES = Path(__file__).parent / "pages"
-PAGE = "report.html"
 OF_THE_PASS = ("taps", "train_split", "val_split", "batch_size", "order_seed", "resident", "device")
 # settings that decide what is read of a cache
 READS = ("tap", "last_n", "keep_layers", "gap", "gather", "k", "groups", "head")

@@ -15,7 +15,6 @@ Validation ranks; nothing here can read another split.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,28 +29,30 @@ from cache import Reader
 from pipeline.batches import feature_spec, initial_weights, labelled_rows
 from pipeline.checkpoint import (
     CHECKPOINT,
-    CONFIG,
     ENVIRONMENT,
     MEMBERS,
+    ROUND,
+    STUDY,
     SUMMARY,
+    SWEEP,
     Run,
+    listed,
     loss_of,
     member_id,
     position_of,
-    replace_text,
+    precision_differs,
     score_of,
 )
 from pipeline.config import Member, PassConfig, TrainConfig, require
-from pipeline.device import pick_device
+from pipeline.device import pick_device, pick_precision, precision_name
 from pipeline.errors import MissingTaps, RunError, SettingError
+from pipeline.folder import copy_tree, other_names, replace_text
 from pipeline.members import make_stacks
 from pipeline.metrics import Task
 from pipeline.proposals import SAMPLERS, Proposals, TrialDone, open_proposals
 from pipeline.space import Space, read_space
 from pipeline.tensorboard import FOLDER as EVENTS
 from pipeline.train import MemberStopped, train
-
-SWEEP, STUDY, ROUND = "sweep.yaml", "study.db", "round"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,17 +153,18 @@ def sweep(config: SweepConfig, report: Report = lambda _: None) -> SweepResult:
         )
     if config.sampler == "grid":
         space.grid()  # raises if it has no end
-    pick_device(config.device)
-    with Reader(config.cache) as reader:
-        probe = _Probe(reader, tasks[0] if isinstance(tasks, tuple) else "", config.taps)
-        for splits in (config.train_split, config.val_split):
-            labelled_rows(reader, splits, [probe.task.name])  # raises before anything is made
-        _begin(config, space, reader.fingerprint)
-    file, seed = Path(config.out) / STUDY, config.sampler_seed
-    with open_proposals(file, space, sampler=config.sampler, seed=seed) as proposals:
-        searching = _Sweep(config, proposals, probe, report)
-        searching.run()
-        return searching.result(begin)
+    device = pick_device(config.device)
+    with Run(config.out) as run:
+        with Reader(config.cache) as reader:
+            probe = _Probe(reader, tasks[0] if isinstance(tasks, tuple) else "", config.taps)
+            for splits in (config.train_split, config.val_split):
+                labelled_rows(reader, splits, [probe.task.name])  # raises before anything is made
+            config = _begin(run, config, space, reader.fingerprint, device)
+        file, seed = run.path / STUDY, config.sampler_seed
+        with open_proposals(file, space, sampler=config.sampler, seed=seed) as proposals:
+            searching = _Sweep(config, proposals, probe, report)
+            searching.run()
+            return searching.result(begin)
 
 
 class _Probe:
@@ -210,8 +212,7 @@ class _Sweep:
         saved = any((self.round.path / name).exists() for name in (CHECKPOINT, SUMMARY))
         if journal["trials"] and saved:
             return True
-        if self.round.path.exists():  # merged and told, or nothing of it was saved yet
-            shutil.rmtree(self.round.path)
+        self.round.remove()  # merged and told, or nothing of it was saved yet
         batch = self._propose()
         if batch:
             self.proposals.journal = {
@@ -269,7 +270,7 @@ class _Sweep:
         for number, row in zip(numbers, self.round.summary(), strict=True):
             self._tell_result(number, row, _later(row["id"], first))
         self.proposals.journal = {"number": journal["number"], "trials": []}
-        shutil.rmtree(self.round.path)
+        self.round.remove()
 
     def _tell_result(self, number: int, row: Mapping[str, str], member: str) -> None:
         """Tell what summary.csv says of a trial."""
@@ -327,13 +328,11 @@ def merge(part: Run, whole: Run, *, first: int, cost: Mapping[str, Any]) -> None
     for folder in (MEMBERS, EVENTS):
         for old, new in ids.items():
             if (part.path / folder / old).exists():
-                target = whole.path / folder / new
-                shutil.copytree(part.path / folder / old, target, dirs_exist_ok=True)
+                copy_tree(part.path / folder / old, whole.path / folder / new)
     lines = [line for line in whole.metrics() if position_of(line["member"]) < first]
     whole.write_metrics([*lines, *({**m, "member": ids[m["member"]]} for m in part.metrics())])
     replace_text(whole.path / ENVIRONMENT, (part.path / ENVIRONMENT).read_text(encoding="utf-8"))
-    together = replace(config, out=str(whole.path), members=(*earlier, *config.members))
-    replace_text(whole.path / CONFIG, yaml.safe_dump(together.to_dict(), sort_keys=False))
+    whole.write_config(replace(config, out=str(whole.path), members=(*earlier, *config.members)))
     spent = part.cost()
     lines_of_all = [*before, *({**row, "id": ids[row["id"]]} for row in rows)]
     whole.finish(lines_of_all, add_costs(cost, spent) if cost else spent)
@@ -350,23 +349,37 @@ def add_costs(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any
     return total
 
 
-def _begin(config: SweepConfig, space: Space, fingerprint: str) -> None:
-    """Make the directory, or find the same sweep in it. Raises RunError."""
-    path = Path(config.out)
-    file = path / SWEEP
-    if config.overwrite and (file.exists() or (path / CONFIG).exists()):
-        shutil.rmtree(path)
-    asked = {"fingerprint": fingerprint, "space": space.to_dict(), **config.deciding()}
-    if file.exists():
-        _refuse_another(path, yaml.safe_load(file.read_text(encoding="utf-8")), asked)
-    elif path.exists() and any(path.iterdir()):
+def _begin(
+    run: Run, config: SweepConfig, space: Space, fingerprint: str, device: torch.device
+) -> SweepConfig:
+    """Make the directory, or find the same sweep in it, and keep other processes out of it. What it
+    returns trains every round in one precision, the sweep's own. Raises RunError."""
+    run.hold()
+    there = run.sweep()
+    if config.overwrite and (there or run.begun):
+        run.clear()
+    elif not there and (others := other_names(run.path, ())):
         raise RunError(
-            f"{path}: expected a new or empty folder for the sweep, or one that `sweep` made; it "
-            f"holds other files. Choose another --out."
+            f"{run.path}: expected a new or empty folder for the sweep, or one that `sweep` made; "
+            f"it holds other files ({listed(others)}). Choose another --out."
         )
-    path.mkdir(parents=True, exist_ok=True)
-    free = {"cache": config.cache, "trials": config.trials, "at_once": config.at_once}
-    replace_text(file, yaml.safe_dump({**free, **asked}, sort_keys=False))
+    goes_on = there and not config.overwrite
+    amp = there["precision"] == "bfloat16" if goes_on and config.amp is None else config.amp
+    precision = pick_precision(device, amp)
+    asked = {
+        "fingerprint": fingerprint,
+        "precision": precision_name(precision),
+        "space": space.to_dict(),
+        **config.deciding(),
+    }
+    if goes_on:
+        _refuse_another(run.path, there, asked)
+    cache = str(Path(config.cache).absolute())
+    free = {"cache": cache, "trials": config.trials, "at_once": config.at_once}
+    replace_text(run.path / SWEEP, yaml.safe_dump({**free, **asked}, sort_keys=False))
+    if not goes_on and run.begun:
+        run.disown()  # the run that was cleared
+    return replace(config, amp=precision == torch.bfloat16)
 
 
 def _refuse_another(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -376,7 +389,9 @@ def _refuse_another(path: Path, there: Mapping[str, Any], asked: Mapping[str, An
     ]
     names = [name for name in dict.fromkeys([*flat[0], *flat[1]]) if name != "space"]
     differing = [
-        f"{name}: {flat[0].get(name)!r} there, {flat[1].get(name)!r} asked for"
+        precision_differs(flat[0][name], flat[1][name])
+        if name == "precision"
+        else f"{name}: {flat[0].get(name)!r} there, {flat[1].get(name)!r} asked for"
         for name in names
         if name in asked or name.startswith("space.")
         if flat[0].get(name) != flat[1].get(name)

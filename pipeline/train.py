@@ -182,16 +182,15 @@ def train(
     KeyboardInterrupt.
     """
     begin = time.perf_counter()
-    device = pick_device(config.device)
-    dtype = pick_precision(device, config.amp)
-    with Reader(config.cache) as reader, memory_explained(SMALLER):
+    device, run = pick_device(config.device), Run(config.out)
+    dtype = pick_precision(device, run.amp(config))
+    with Reader(config.cache) as reader, memory_explained(SMALLER), run:
         config = replace(config, members=tuple(_resolved(m, reader) for m in config.members))
         names = list(dict.fromkeys(member.task for member in config.members))
         train_rows = labelled_rows(reader, config.train_split, names)
         val_rows = labelled_rows(reader, config.val_split, names)
         tasks = {name: make_task(reader.target(name), train_rows) for name in names}
         learning = _assemble(config, reader, tasks, train_rows, val_rows, device, dtype)
-        run = Run(config.out)
         facts = {
             **environment(),
             "fingerprint": reader.fingerprint,

@@ -283,7 +283,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_result(
 
 @pytest.mark.parametrize(
     "step",
-    ["sweep.merge", "sweep.Run.write_metrics", "sweep.Run.finish", "sweep.shutil.rmtree"],
+    ["sweep.merge", "sweep.Run.write_metrics", "sweep.Run.finish", "sweep.Run.remove"],
 )
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_sweep_stopped_while_it_merges_goes_on(
@@ -304,7 +304,7 @@ def test_a_sweep_stopped_while_it_merges_goes_on(
             target = arguments[1] if step == "sweep.merge" else arguments[0]
             place = Path(getattr(target, "path", target))
             calls.extend([place] if place.name in ("run", "round") else [])
-            counted = [p for p in calls if p.name == ("round" if name == "rmtree" else "run")]
+            counted = [p for p in calls if p.name == ("round" if name == "remove" else "run")]
             stops = len(counted) == 2 and place == counted[-1]
             if stops and not after:
                 raise KeyboardInterrupt
