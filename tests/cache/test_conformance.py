@@ -434,8 +434,9 @@ def test_unfinished_files_of_killed_writers_are_swept(tmp_path, sample, monkeypa
         os.utime(folder / name, (time.time() - age,) * 2)
     if locks:
         os.utime(mine, (0, 0))  # however old: its writer lives
-    Writer(location, sample.manifest, sample.tables, worker=1, workers=2).close()
+    other = Writer(location, sample.manifest, sample.tables, worker=1, workers=2)
     left = {path.name for path in folder.iterdir()}
+    other.close()
     assert left == {mine.name, "0.1.new", *(["0.1.hour"] if locks is None else [])}
     live.write(2, sample.rows(2, 4))
     live.close()
