@@ -409,6 +409,23 @@ def test_a_file_that_a_killed_writer_named_is_vouched_for(tmp_path, sample, monk
         np.testing.assert_array_equal(reader.read(range(4)), sample.values["tokens"][:4, 0])
 
 
+def test_a_forgotten_shard_is_written_anew(location, sample):
+    """Forgetting repairs: what is damaged must not be taken for another writer's."""
+    sample.write(location)
+    backend = open_backend(location)
+    extents = backend.rows("tokens", 1)
+    with extents.path.open("r+b") as file:
+        file.seek(int(extents.offsets[0, 0]))
+        file.write(b"\xff\xff\xff")
+    assert verify(location).damaged_shards == [1]
+    with Writer(location, sample.manifest, sample.tables) as writer:
+        writer.forget([1])
+        sample.fill(writer)
+    assert verify(location).ok
+    with Reader(location) as reader:
+        np.testing.assert_array_equal(reader.read(range(10)), sample.values["tokens"][:, 0])
+
+
 def test_a_cut_file_without_a_record_is_replaced(tmp_path, sample):
     location = sample.write(tmp_path / "a.zarr")
     shard = location / "stacks/tokens/c/1/0/0/0/0"
