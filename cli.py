@@ -746,7 +746,7 @@ def _print_table(members: list[Any]) -> None:
             *(str(m.settings.get(name, "")) for name in shown),
             f"{m.parameters:,}",
             _score_text(metric, m.score),
-            "" if m.scores["val_loss"] is None else f"{m.scores['val_loss']:.3f}",
+            _loss_text(m.scores["val_loss"]),
             m.stopped or "",
         ]
         for m in ranked
@@ -770,6 +770,10 @@ def _score_text(metric: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.4f}" if metric.endswith(("r2", "mae")) else f"{value:.2%}"
+
+
+def _loss_text(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _counted(number: int, what: str) -> str:
@@ -868,7 +872,7 @@ def _print_trials(trials: list[Any], metric: str | None) -> None:
             trial.method,
             *(_short(trial.settings.get(name, "")) for name in names),
             _score_text(metric or "", trial.score),
-            "" if trial.loss is None else f"{trial.loss:.3f}",
+            _loss_text(trial.loss),
             trial.reason or "",
         ]
         for trial in shown
@@ -932,16 +936,18 @@ def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None
     several = len({result.task for result in results}) > 1
     for result in results:
         named = f"{result.member} ({result.task})" if several else result.member
-        scores = "".join(f"{_titled(k)} {_score_text(k, v)}, " for k, v in result.scores.items())
+        scores = "".join(
+            f"{_titled(k)} {_score_text(k, v) or '–'}, " for k, v in result.scores.items()
+        )
         click.echo(
             f"{run} {named}, {'+'.join(result.split)}{' (live)' if result.live else ''}: "
-            f"{scores}loss {result.loss:.4f}, n = {result.n:,}"
+            f"{scores}loss {_loss_text(result.loss, 4) or '–'}, n = {result.n:,}"
         )
     for task, of_task in spread.items():
         members = sum(result.task == task for result in results)
         told = ", ".join(
-            f"{_titled(k)} {_score_text(k, a)} ± {_score_text(k, d)}"
-            for k, (a, d) in of_task.items()
+            f"{_titled(k)} {' ± '.join(_score_text(k, v) for v in both) if both else '–'}"
+            for k, both in of_task.items()
         )
         click.echo(f"{run} mean of {_counted(members, 'member')}{f', {task}' * several}: {told}")
 
@@ -1157,7 +1163,7 @@ class Progress:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def _gb(size: float) -> str:

@@ -83,8 +83,8 @@ class Backend(ABC):
             return None
 
     @abstractmethod
-    def write_record(self, shard: int, record: bytes | None) -> None:
-        """Replace a ledger record durably; None removes it."""
+    def write_record(self, shard: int, record: bytes) -> None:
+        """Replace a ledger record durably."""
 
     @abstractmethod
     def rows(self, stack: str, shard: int) -> ShardExtents:
@@ -95,12 +95,21 @@ class Backend(ABC):
         """Make room for a shard; its rows then follow each other from the extent on."""
 
     @abstractmethod
-    def seal(self, stack: str, shard: int, fd: int) -> None:
-        """Make a shard durable and visible, all its rows being written; `fd` is the extent's."""
+    def seal(self, stack: str, shard: int, fd: int, extent: Extent) -> bool:
+        """Make a shard durable and visible, all its rows being written to `fd`, which is open at
+        the `extent` that `begin` gave. False if another writer's is there: that one stays."""
 
     @abstractmethod
-    def discard(self, stack: str, shard: int) -> None:
+    def discard(self, stack: str, shard: int, extent: Extent) -> None:
         """Give up a shard that was begun and not sealed."""
+
+    @abstractmethod
+    def forget(self, shard: int) -> None:
+        """Make a shard count as not begun, durably: its record and what it vouched for go."""
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Delete what killed writers left unfinished."""
 
 
 _BESIDE_MANIFEST = ("fingerprint", "record_bytes", "tables", "check")

@@ -101,7 +101,7 @@ def encode_keys(keys: Sequence[str]) -> np.ndarray:
 
     Non-ASCII characters are escaped, so file names that are not valid UTF-8 survive too.
     """
-    text = json.dumps(list(keys), separators=(",", ":"))
+    text = json.dumps(list(keys), separators=(",", ":"), allow_nan=False)
     return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
 
 

@@ -10,12 +10,15 @@ import errno
 import fcntl
 import os
 import threading
+import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MOST_BUFFERS = 1024  # IOV_MAX on Linux and macOS
 MOST_OPEN = 128  # descriptors kept open by one pool
+YOUNG_SECONDS, OLD_SECONDS = 60, 86_400  # ages of a file that may be, or cannot be, in the making
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -75,6 +78,13 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(parent))
 
 
+def make_folders(folder: Path) -> Path:
+    """Make a folder and those above it; the lowest that was there before, to synchronise up to."""
+    there = next(above for above in (folder, *folder.parents) if above.exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    return there
+
+
 def sync_folders(folder: Path, above: Path) -> None:
     """Make the names in `folder` and in its parents up to `above` durable.
 
@@ -85,13 +95,21 @@ def sync_folders(folder: Path, above: Path) -> None:
         sync_folders(folder.parent, above)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def new_file(folder: Path, stem: str) -> tuple[int, Path]:
+    """A new file in `folder`, which is made, under a name that nobody else chooses; open."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{stem}.{os.getpid()}.{uuid.uuid4().hex}"
+        with contextlib.suppress(FileNotFoundError):  # somebody else's `sweep` found it empty
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), path
+
+
+def write_atomic(path: Path, data: bytes, folder: Path) -> None:
     """Replace a file: after a crash it holds the old bytes or the new, never a mixture.
 
-    The new name is durable when its folder has been synchronised as well.
+    Written in `folder` first. The new name is durable when its folder has been synchronised.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    fd, partial = new_file(folder, path.parent.name)
     try:
         write_all(fd, memoryview(data), 0)
         os.fsync(fd)
@@ -100,17 +118,56 @@ def write_atomic(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def try_lock(fd: int, *, shared: bool = False) -> bool:
+def publish(partial: Path, path: Path) -> bool:
+    """Give a finished file its name if the name is free: whether it was. Never replaces a file."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if path.exists():  # a file system without hard links: the gap between these two is small
+            return False
+        partial.rename(path)
+        return True
+    partial.unlink()
+    return True
+
+
+def try_lock(fd: int, *, shared: bool = False) -> bool | None:
     """Take the advisory lock of an open file or folder; False if another has it.
 
-    The kernel releases it when the descriptor is closed, also by `kill -9`. Where the file system
-    has no locks, True: the lock guards against a mistake, correctness does not rest on it.
+    The kernel releases it when the descriptor is closed, also by `kill -9`. None where the file
+    system has no locks: the lock guards against a mistake, correctness does not rest on it.
     """
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
+            return False
+        return None
     return True
+
+
+def sweep(folder: Path) -> None:
+    """Delete the unfinished files in `folder` that killed processes left, and it, if it is empty.
+
+    Whoever still writes one holds its lock. A young file may not be locked yet; where there are no
+    locks, only an old one can be nobody's.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                locked = try_lock(fd)
+                least = OLD_SECONDS if locked is None else YOUNG_SECONDS
+                if locked is not False and time.time() - path.stat().st_mtime > least:
+                    path.unlink()
+            finally:
+                os.close(fd)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def free_bytes(path: Path) -> int:

@@ -78,13 +78,12 @@ class Hdf5Backend(Backend):
         """One row of the ledger dataset; zeros while the shard is not done."""
         return Extent(self.path, self._offsets["ledger"] + shard * self.record_bytes)
 
-    def write_record(self, shard: int, record: bytes | None) -> None:
+    def write_record(self, shard: int, record: bytes) -> None:
         """Overwrite the row in place: it may be torn, its own checksum then says so."""
-        data = bytes(self.record_bytes) if record is None else record
         place = self.record_place(shard)
         fd = os.open(place.path, os.O_WRONLY)
         try:
-            files.write_all(fd, memoryview(data), place.offset)
+            files.write_all(fd, memoryview(record), place.offset)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -103,12 +102,21 @@ class Hdf5Backend(Backend):
         offset = first * self.manifest.stack_row_nbytes(stack)
         return Extent(self.path, self._offsets[f"stacks/{stack}"] + offset)
 
-    def seal(self, stack: str, shard: int, fd: int) -> None:
-        """Make the data durable."""
+    def seal(self, stack: str, shard: int, fd: int, extent: Extent) -> bool:
+        """Make the data durable. Two writers without locks write over each other: the same bytes
+        do no harm, others are found by `verify`."""
         os.fsync(fd)
+        return True
 
-    def discard(self, stack: str, shard: int) -> None:
+    def discard(self, stack: str, shard: int, extent: Extent) -> None:
         """Nothing to do: without a ledger record the bytes mean nothing."""
+
+    def forget(self, shard: int) -> None:
+        """Zeros for a record."""
+        self.write_record(shard, bytes(self.record_bytes))
+
+    def sweep(self) -> None:
+        """Nothing to do: there are no unfinished files."""
 
 
 def _allocate(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def lock(path: Path, *, shared: bool = False) -> int:
     Workers of one job share it. Raises CacheLocked when another writer has it.
     """
     fd = os.open(path, os.O_RDONLY)
-    if files.try_lock(fd, shared=shared):
+    if files.try_lock(fd, shared=shared) is not False:
         return fd
     os.close(fd)
     raise CacheLocked(
@@ -93,7 +93,7 @@ def create(
     Raises FileExistsError when somebody else has created one in the meantime.
     """
     path = location.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    there = files.make_folders(path.parent)
     _sweep(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
     try:
@@ -106,19 +106,22 @@ def create(
             raise
     finally:
         _delete(temporary)
-    files.sync_folder(path.parent)
+    files.sync_folders(path.parent, there)
     return fd
 
 
-def remove(location: Path) -> None:
+def remove(location: Path, unless: Callable[[], bool] = lambda: False) -> None:
     """Delete the cache at a location; refuses what does not look like one.
 
-    Raises: LocationError; CacheLocked when it is being written.
+    `unless` is asked when nobody else can write it any more: True leaves it there. Raises:
+    LocationError; CacheLocked when it is being written.
     """
     path = location.absolute()
     fd = lock(path)
     try:
         _refuse_other_things(path)
+        if unless():
+            return
         doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
         path.rename(doomed)
         _delete(doomed)
@@ -142,15 +145,8 @@ def _publish(temporary: Path, path: Path) -> None:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise FileExistsError(f"{path} exists") from error
             raise
-        return
-    try:
-        os.link(temporary, path)  # unlike a rename, never replaces
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if path.exists():
-            raise FileExistsError(f"{path} exists") from None
-        temporary.rename(path)
+    elif not files.publish(temporary, path):
+        raise FileExistsError(f"{path} exists")
 
 
 def _refuse_other_things(path: Path) -> None:

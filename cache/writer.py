@@ -24,8 +24,8 @@ import numpy as np
 import xxhash
 
 from cache import files
-from cache.backend import Backend, make_document
-from cache.errors import IdentityMismatch, NoSpace
+from cache.backend import Backend, Extent, make_document
+from cache.errors import CacheError, CacheLocked, IdentityMismatch, NoSpace
 from cache.ledger import Error, Record, add_errors, read_record, record_bytes
 from cache.location import backend_of, create, is_there, lock, open_backend, remove
 from cache.manifest import Manifest, differences
@@ -37,7 +37,7 @@ class _OpenShard:
     """A shard that is being filled: where it goes, which rows are claimed, what they hash to."""
 
     rows: range
-    places: dict[str, tuple[int, int]]  # stack: (fd, offset of the shard's first row)
+    places: dict[str, tuple[int, Extent]]  # stack: (fd, where the shard's first row goes)
     claimed: np.ndarray  # bool (rows,)
     left: int
     digests: dict[str, list[str]]
@@ -48,12 +48,15 @@ class _OpenShard:
 class Writer:
     """Fill the cache at a location; a context manager, safe to call from many threads.
 
-    Creates the cache, or resumes it if it was made from the same identity. `tables` are the small
+    Creates the cache, or resumes it if it was made from the same identity; `overwrite` replaces a
+    cache of another identity, and resumes one of the same all the same. `tables` are the small
     arrays of docs/format.md: `keys` always, `labels/<target>`, `split`, `source_sha256`,
     `final_norm/weight` and `final_norm/bias` as the manifest says.
 
     worker, workers: of several processes that fill one cache together, each owns the shards
-    `worker, worker + workers, ...`; every number must be given to one process only.
+    `worker, worker + workers, ...`; every number should be given to one process only. Where one is
+    given twice, or where the file system has no locks, in Zarr the first whole shard stays, and
+    whoever comes later vouches for its bytes. In HDF5 they write over each other.
 
     Raises:
         LocationError: the suffix is neither .zarr nor .h5.
@@ -89,6 +92,7 @@ class Writer:
                 if read_record(self._backend.record(shard), self.manifest, shard)
             )
             self._done = set(done)
+            self._backend.sweep()
             self._owned = range(worker, self.manifest.shards, workers)
             _refuse_full_disk(path, self._left_bytes(), 0)
         except BaseException:
@@ -183,7 +187,7 @@ class Writer:
     def forget(self, shards: Iterable[int]) -> None:
         """Drop the ledger records of shards, so that they are pending again."""
         for shard in shards:
-            self._backend.write_record(shard, None)
+            self._backend.forget(shard)
             self._done.discard(shard)
 
     def close(self) -> None:
@@ -191,10 +195,11 @@ class Writer:
         if self._closed:
             return
         self._closed = True
-        for index in list(self._open):
+        for index, shard in list(self._open.items()):
             self._release(index)
-            for stack in self.manifest.stacks:
-                self._backend.discard(stack.name, index)
+            for stack, (_, extent) in shard.places.items():
+                self._backend.discard(stack, index, extent)
+        self._backend.sweep()
         os.close(self._lock_fd)
 
     def _left_bytes(self) -> int:
@@ -258,11 +263,13 @@ class Writer:
             return index, shard
 
     def _begin(self, index: int, rows: range) -> _OpenShard:
-        places: dict[str, tuple[int, int]] = {}
+        places: dict[str, tuple[int, Extent]] = {}
         try:
             for stack in self.manifest.stacks:
                 extent = self._backend.begin(stack.name, index)
-                places[stack.name] = os.open(extent.path, os.O_WRONLY), extent.offset
+                fd = os.open(extent.path, os.O_WRONLY)
+                places[stack.name] = fd, extent
+                files.try_lock(fd, shared=True)  # says that somebody lives who writes this file
         except BaseException:
             for fd, _ in places.values():
                 os.close(fd)
@@ -275,16 +282,18 @@ class Writer:
         rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
         for position, row in enumerate(rows, local):
             shard.digests[name][position] = xxhash.xxh3_128_hexdigest(row.data)
-        fd, offset = shard.places[name]
-        files.write_all(fd, rows.reshape(-1).data, offset + local * rows.shape[1])
+        fd, extent = shard.places[name]
+        files.write_all(fd, rows.reshape(-1).data, extent.offset + local * rows.shape[1])
         with self._lock:
             self.bytes_written += rows.nbytes
 
     def _publish(self, index: int, shard: _OpenShard) -> None:
-        """Data to the disk first, then the record that vouches for them."""
+        """Data to the disk first, then the record that vouches for them: for ours, or for those of
+        a writer who was faster, whose last bits may differ."""
         with _full_disk_explained(self.location):
-            for stack, (fd, _) in shard.places.items():
-                self._backend.seal(stack, index, fd)
+            for stack, (fd, extent) in shard.places.items():
+                if not self._backend.seal(stack, index, fd, extent):
+                    shard.digests[stack] = self._digests_there(stack, index)
             record = Record(
                 shard=index,
                 rows=(shard.rows.start, shard.rows.stop),
@@ -297,6 +306,21 @@ class Writer:
         with self._lock:
             self._done.add(index)
             self._release(index)
+
+    def _digests_there(self, stack: str, index: int) -> list[str]:
+        """The checksums of a published shard's rows, as they are on the disk."""
+        there = self._backend.rows(stack, index)
+        length = self.manifest.stack_row_nbytes(stack) // self.manifest.views
+        digests = []
+        for views in there.offsets.tolist():
+            digest = xxhash.xxh3_128()
+            for offset in views:
+                stored = offset >= 0
+                digest.update(
+                    files.read_at(there.path, offset, length) if stored else bytes(length)
+                )
+            digests.append(digest.hexdigest())
+        return digests
 
     def _seconds_since_last(self) -> float:
         """Threads publish at the same time; their records' seconds add up to the wall time."""
@@ -316,22 +340,42 @@ def _create_or_lock(
     overwrite: bool,
     shared: bool,
 ) -> int:
-    """The descriptor that holds the lock of the cache, which exists afterwards."""
-    there = is_there(path)
-    if there and not overwrite:
-        return lock(path, shared=shared)
-    reclaimed = files.allocated_bytes(path) if there else 0
-    ledger_bytes = manifest.shards * record_bytes(manifest)
-    table_bytes = sum(table.nbytes for table in tables.values())
-    _refuse_full_disk(path, manifest.nbytes + ledger_bytes + table_bytes, reclaimed)
-    if there:
-        remove(path)
+    """The descriptor that holds the lock of the cache, which exists afterwards.
+
+    What is there is replaced only if `overwrite` says so and it was made from something else: of
+    several workers that were all told to overwrite, one does, and the others use its cache.
+    """
+
+    def same() -> bool:
+        try:
+            return not _differences(open_backend(path), manifest, tables)
+        except CacheError:
+            return False
+
+    while is_there(path):
+        if not overwrite or same():
+            return lock(path, shared=shared)
+        reclaimed = files.allocated_bytes(path)
+        _refuse_full_disk(path, _bytes_of(manifest, tables), reclaimed)
+        try:
+            remove(path, unless=same)
+        except CacheLocked:
+            if not same():  # else another worker has just replaced it
+                raise
+        except FileNotFoundError:
+            continue  # another worker has just removed it
+    _refuse_full_disk(path, _bytes_of(manifest, tables), 0)
     document = make_document(manifest, tables, record_bytes(manifest))
     try:
         with _full_disk_explained(path):
             return create(path, document, tables, shared=shared)
     except FileExistsError:  # another worker was faster: use its plan
         return lock(path, shared=shared)
+
+
+def _bytes_of(manifest: Manifest, tables: Mapping[str, np.ndarray]) -> int:
+    ledger = manifest.shards * record_bytes(manifest)
+    return manifest.nbytes + ledger + sum(table.nbytes for table in tables.values())
 
 
 def _refuse_full_disk(path: Path, needed: int, reclaimed: int) -> None:
@@ -343,10 +387,10 @@ def _refuse_full_disk(path: Path, needed: int, reclaimed: int) -> None:
         )
 
 
-def _refuse_differences(
-    path: Path, backend: Backend, manifest: Manifest, tables: Mapping[str, np.ndarray]
-) -> None:
-    """Resuming is for the same job: identity, layout of the stacks, and tables."""
+def _differences(
+    backend: Backend, manifest: Manifest, tables: Mapping[str, np.ndarray]
+) -> list[tuple[str, Any, Any]]:
+    """Where a cache is not that of this job: identity, layout of the stacks, tables."""
     there, wanted = backend.manifest.to_dict(), manifest.to_dict()
     found = differences(there["identity"], wanted["identity"])
     if not found:  # the rest follows from the identity, and would only repeat it
@@ -358,6 +402,14 @@ def _refuse_differences(
             read_table(backend, name).tobytes() == table.tobytes() for name, table in tables.items()
         )
         found = [] if same else [("tables", "other contents", "these contents")]
+    return found
+
+
+def _refuse_differences(
+    path: Path, backend: Backend, manifest: Manifest, tables: Mapping[str, np.ndarray]
+) -> None:
+    """Resuming is for the same job."""
+    found = _differences(backend, manifest, tables)
     if found:
         lines = "".join(
             f"\n  {field}: {_short(a)} in the cache, {_short(b)} now" for field, a, b in found

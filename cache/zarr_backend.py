@@ -22,6 +22,7 @@ from cache.manifest import Manifest
 
 EMPTY = np.uint64(2**64 - 1)  # in an index: no such chunk, its values are the fill value
 DIMENSIONS = ["row", "view", "tap", "token", "dim"]
+PARTIAL = ".partial"  # a folder in the array's, of unfinished files
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _NO_ENDIAN = {"name": "bytes"}  # the same codec where a number is one byte
@@ -88,14 +89,11 @@ class ZarrBackend(Backend):
         """The record's chunk file."""
         return Extent(self.path.joinpath("ledger", "c", str(shard), "0"), 0)
 
-    def write_record(self, shard: int, record: bytes | None) -> None:
+    def write_record(self, shard: int, record: bytes) -> None:
         """Replace the record's chunk file by a rename."""
         path = self.record_place(shard).path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if record is None:
-            path.unlink(missing_ok=True)
-        else:
-            files.write_atomic(path, record)
+        files.write_atomic(path, record, self.path / "ledger" / PARTIAL)
         files.sync_folders(path.parent, self.path)
 
     def rows(self, stack: str, shard: int) -> ShardExtents:
@@ -129,18 +127,20 @@ class ZarrBackend(Backend):
         return ShardExtents(path, places.reshape(rows, views))
 
     def begin(self, stack: str, shard: int) -> Extent:
-        """Make the shard's `.partial` file at its full length."""
-        path = self._partial_path(stack, shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        """Make an unfinished file of the shard's full length, under a name of its own."""
+        fd, path = files.new_file(self.path / "stacks" / stack / PARTIAL, str(shard))
         try:
             os.ftruncate(fd, self._data_bytes(stack, shard) + self._index_bytes())
         finally:
             os.close(fd)
         return Extent(path, 0)
 
-    def seal(self, stack: str, shard: int, fd: int) -> None:
-        """Append the index, make the file durable, give it its name."""
+    def seal(self, stack: str, shard: int, fd: int, extent: Extent) -> bool:
+        """Append the index, make the file durable, give it its name.
+
+        A whole file under that name is another writer's and stays: what has a name is never
+        replaced, so that any record written since then speaks of it.
+        """
         chunk, data = self._chunk_bytes(stack), self._data_bytes(stack, shard)
         chunks = self.manifest.rows_per_shard * self.manifest.views
         pairs = np.full((chunks, 2), EMPTY, "<u8")
@@ -151,18 +151,41 @@ class ZarrBackend(Backend):
         files.write_all(fd, memoryview(index + _crc32c(index)), data)
         os.fsync(fd)
         path = self._shard_path(stack, shard)
-        self._partial_path(stack, shard).replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ours = files.publish(extent.path, path)
+        if not ours:
+            try:
+                self.rows(stack, shard)
+            except CacheDamaged:  # no writer publishes that: it was cut, or half deleted
+                extent.path.replace(path)
+                ours = True
+            else:
+                extent.path.unlink()
         files.sync_folders(path.parent, self.path)
+        return ours
 
-    def discard(self, stack: str, shard: int) -> None:
-        """Delete the shard's `.partial` file."""
-        self._partial_path(stack, shard).unlink(missing_ok=True)
+    def discard(self, stack: str, shard: int, extent: Extent) -> None:
+        """Delete the unfinished file."""
+        extent.path.unlink(missing_ok=True)
+
+    def forget(self, shard: int) -> None:
+        """Delete the shard's files, then its record: killed in between, it is damaged as before,
+        and a file that stayed would be taken for another writer's."""
+        for path in (
+            *(self._shard_path(stack.name, shard) for stack in self.manifest.stacks),
+            self.record_place(shard).path,
+        ):
+            if path.exists():
+                path.unlink()
+                files.sync_folder(path.parent)
+
+    def sweep(self) -> None:
+        """Delete the unfinished files that nobody has locked."""
+        for folder in ("ledger", *(f"stacks/{stack.name}" for stack in self.manifest.stacks)):
+            files.sweep(self.path / folder / PARTIAL)
 
     def _shard_path(self, stack: str, shard: int) -> Path:
         return self.path.joinpath("stacks", stack, "c", str(shard), "0", "0", "0", "0")
-
-    def _partial_path(self, stack: str, shard: int) -> Path:
-        return self._shard_path(stack, shard).with_name(".partial")
 
     def _chunk_bytes(self, stack: str) -> int:
         return self.manifest.stack_row_nbytes(stack) // self.manifest.views

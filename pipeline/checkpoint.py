@@ -18,7 +18,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -46,7 +45,7 @@ from pipeline.folder import (
     sync_file,
     whole_file,
 )
-from pipeline.metrics import SCORES, Task, rank
+from pipeline.metrics import SCORES, Task, finite, rank
 from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
 from pipeline.tensorboard import FOLDER as EVENTS
 
@@ -135,7 +134,7 @@ class Run:
             self._refuse_another(config, environment)
             return self._checkpoint()
         swept = bool(self.sweep())
-        self._write(ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
+        self._write(ENVIRONMENT, json.dumps(environment, indent=1, allow_nan=False) + "\n")
         self.write_config(config)
         if swept:
             (self.path / SWEEP).unlink()
@@ -255,10 +254,10 @@ class Run:
 
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Replace metrics.jsonl: on resume, lines after the checkpoint must go."""
-        self._write(METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        self._write(METRICS, "".join(map(_line, lines)))
 
     def append_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        append_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        append_text(self.path / METRICS, "".join(map(_line, lines)))
 
     def metrics(self) -> list[dict[str, Any]]:
         return _read_lines(self.path / METRICS)
@@ -275,7 +274,7 @@ class Run:
     def finish(self, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> None:
         """Write cost.json, then summary.csv, which makes the run finished; drop the checkpoint."""
         sync_file(self.path / METRICS)
-        self._write(COST, json.dumps(cost, indent=1) + "\n")
+        self._write(COST, json.dumps(cost, indent=1, allow_nan=False) + "\n")
         names = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -313,7 +312,7 @@ class Run:
         make_folder(folder)
         with whole_file(folder / "adapter_model.safetensors") as partial:
             save_file(tensors, partial, metadata={"format": "pt", "method": network.method})
-        text = json.dumps({**card, "features": spec}, indent=1) + "\n"
+        text = json.dumps({**card, "features": spec}, indent=1, allow_nan=False) + "\n"
         self._write(f"{MEMBERS}/{member_id}/adapter_config.json", text)
 
     def tasks(self) -> list[str]:
@@ -381,7 +380,7 @@ class Run:
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Append to evaluations.jsonl what `evaluate` measured."""
-        append_text(self.path / EVALUATIONS, json.dumps(record) + "\n")
+        append_text(self.path / EVALUATIONS, _line(record))
         sync_file(self.path / EVALUATIONS)
 
     def evaluations(self) -> list[dict[str, Any]]:
@@ -437,12 +436,17 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of lines. What a crash has cut is no record."""
+    """The records of a file of lines. What a crash has cut is none; earlier versions wrote NaN,
+    which is no JSON: None."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+            records.append(json.loads(line, parse_constant=lambda _: None))
     return records
 
 
@@ -457,18 +461,19 @@ def position_of(member: str) -> int:
 
 
 def score_of(row: Mapping[str, str]) -> float | None:
-    """The validation score that ranks, in a line of summary.csv; None if there is no finite one."""
+    """The validation score that ranks, in a line of summary.csv."""
     values = [row.get(f"val_{ranking}") for ranking, *_ in SCORES.values()]
-    return _finite(next((value for value in values if value), ""))
+    return number_of(next((value for value in values if value), ""))
 
 
 def loss_of(row: Mapping[str, str]) -> float | None:
-    """The validation loss in a line of summary.csv; None if there is no finite one."""
-    return _finite(row["val_loss"])
+    """The validation loss in a line of summary.csv."""
+    return number_of(row["val_loss"])
 
 
-def _finite(text: str) -> float | None:
-    return number if text and math.isfinite(number := float(text)) else None
+def number_of(text: str) -> float | None:
+    """What a cell of summary.csv holds; None if that is nothing, or not finite."""
+    return finite(float(text)) if text else None
 
 
 def environment() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from cache import Manifest, Reader, Stack, Writer, decode_keys, encode_keys, row_tables
 from pipeline.config import CopyConfig
 from pipeline.errors import SettingError
-from pipeline.layout import gathered_stacks
+from pipeline.layout import gathered_stacks, overflow_error
 from pipeline.side.gather import Gather
 from pipeline.taps import (
     choose_gather,
@@ -60,7 +60,8 @@ def copy(config: CopyConfig, report: Callable[[Copied], None] = lambda _: None) 
     """Write `config.dst` from `config.src`, or finish a copy that was begun.
 
     Values are decoded, summed in float32 if sums are asked for, and rounded once. Raises cache
-    errors for either cache, SettingError for taps or sums that the source cannot give.
+    errors for either cache, StorageOverflow naming tap and row among them; SettingError for taps or
+    sums that the source cannot give.
     """
     begin = time.perf_counter()
     with Reader(config.src) as reader:
@@ -133,6 +134,7 @@ def _convert(
         features |= zip(stack.taps, tokens.unbind(1), strict=True)
     if gather:
         features = gather.reduce(features, into.stacks[0].prefix_tokens)
+    keys = [reader.keys[row] for row in rows]
     arrays, errors = {}, {}
     for stack in into.stacks:
         shape = (len(rows), *into.stored_shape(stack.name))
@@ -141,7 +143,7 @@ def _convert(
         for position, tap in enumerate(stack.taps):
             part = buffer.tensor[:, position]
             store(features[tap], part)
-            _refuse_overflow(tap, features[tap], part, stack, into.storage)
+            _refuse_overflow(tap, features[tap], part, stack, into.storage, keys)
             lost.append(rounding_error(features[tap][:1], part[:1]))
         arrays[stack.name] = buffer.array
         if into.storage != "float32":
@@ -149,12 +151,14 @@ def _convert(
     return arrays, errors
 
 
-def _refuse_overflow(tap: str, exact: Tensor, stored: Tensor, stack: Stack, storage: str) -> None:
-    if not restore(stored, stack.dim).isfinite().all():
-        raise SettingError(
-            f"tap {tap}: values from {exact.min():.4g} to {exact.max():.4g} do not fit {storage}; "
-            f"--dtype bfloat16 has the range of float32"
-        )
+def _refuse_overflow(
+    tap: str, exact: Tensor, stored: Tensor, stack: Stack, storage: str, keys: Sequence[str]
+) -> None:
+    fits = restore(stored, stack.dim).isfinite().flatten(1).all(dim=1)
+    if not fits.all():
+        row = int((~fits).nonzero()[0])
+        least, greatest = torch.aminmax(exact[row])
+        raise overflow_error(tap, keys[row], least.item(), greatest.item(), storage)
 
 
 def _rows(reader: Reader, splits: Sequence[str] | None) -> np.ndarray:

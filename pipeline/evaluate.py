@@ -30,7 +30,8 @@ from pipeline.workers import Workers
 class Evaluation:
     """Scores of one member on some splits of a cache or of images (`live`).
 
-    `scores` are those of the task's kind, the one that ranks first (`pipeline.metrics`).
+    `scores` are those of the task's kind, the one that ranks first (`pipeline.metrics`). They and
+    the loss are None where the member's outputs are not finite.
     """
 
     run: str
@@ -38,14 +39,15 @@ class Evaluation:
     task: str
     split: tuple[str, ...]
     live: bool
-    scores: dict[str, float]
-    loss: float
+    scores: dict[str, float | None]
+    loss: float | None
     n: int
 
     def to_dict(self) -> dict[str, Any]:
         """With the scores beside the rest, as evaluations.jsonl and `--json` hold it."""
         values = dict(vars(self))
-        return {**values, **values.pop("scores")}
+        scores = values.pop("scores")
+        return {**values, **scores}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +116,18 @@ def evaluate(
     return results
 
 
-def mean_and_deviation(evaluations: Sequence[Evaluation]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation (0 of one) of each score over members of one task."""
-    values = {
-        name: [evaluation.scores[name] for evaluation in evaluations]
-        for name in evaluations[0].scores
-    }
-    return {n: (mean(v), stdev(v) if len(v) > 1 else 0.0) for n, v in values.items()}
+def mean_and_deviation(
+    evaluations: Sequence[Evaluation],
+) -> dict[str, tuple[float, float] | None]:
+    """Mean and standard deviation (0 of one) of each score over members of one task; None if a
+    member has none: a mean of the others would hide it."""
+    found: dict[str, tuple[float, float] | None] = {}
+    for name in evaluations[0].scores:
+        each = [evaluation.scores[name] for evaluation in evaluations]
+        values = [value for value in each if value is not None]
+        spread = stdev(values) if len(values) > 1 else 0.0
+        found[name] = (mean(values), spread) if len(values) == len(each) else None
+    return found
 
 
 def _choose(run: Run, members: Sequence[str], task: str | None) -> list[str]:

@@ -522,7 +522,9 @@ def _repeated(source: Source, digests: np.ndarray) -> Iterator[Repeated]:
 
 
 def _sha256(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
+    ).hexdigest()
 
 
 def _name_changed_images(

@@ -40,6 +40,7 @@ SPLIT_NAMES = {  # folder or CSV value, in any case → the split's name here
     "test": "test",
     "testing": "test",
 }
+MOST_SPLITS = 256  # a cache keeps a row's split in one byte
 SPLIT_ORDER = ("train", "val", "test")
 
 NOT_PHOTOGRAPHS = {  # Pillow registers these too, but for them it …
@@ -99,6 +100,11 @@ class Source(ABC):
     def __post_init__(self) -> None:
         if not self.rows:
             raise SourceError(f"{self.description}: no images")
+        if len(self.splits) > MOST_SPLITS:
+            raise SourceError(
+                f"{self.description}: {len(self.splits)} splits ({some(self.splits)}); expected at "
+                f"most {MOST_SPLITS}, such as train, val and test. Is the column another one?"
+            )
         assert all(len(target.values) == len(self.rows) for target in self.targets)
         seen: set[str] = set()
         for row in self.rows:

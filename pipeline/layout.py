@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,13 +182,17 @@ class TokenBuffer:
                 part = self.host[stack.name].tensor[: len(batch.images), 0, position]
                 fits = restore(part, stack.dim).isfinite().flatten(1).all(dim=1)
                 row = int((~fits).nonzero()[0])
-                return _explain(tap, source.rows[batch.start + row].key, extremes, self.storage)
+                key = source.rows[batch.start + row].key
+                least, greatest = extremes.tolist()
+                return overflow_error(tap, key, least, greatest, self.storage)
         raise AssertionError("nothing overflows")
 
 
-def _explain(tap: str, key: str, extremes: Tensor, storage: str) -> StorageOverflow:
-    least, greatest = extremes.tolist()
-    if np.isfinite(least) and np.isfinite(greatest):
+def overflow_error(
+    tap: str, key: str, least: float, greatest: float, storage: str
+) -> StorageOverflow:
+    """The error that says why a tap of an image, of such values, cannot be stored."""
+    if math.isfinite(least) and math.isfinite(greatest):
         what = f"values from {least:.4g} to {greatest:.4g} do not fit {storage}"
         advice = "--dtype bfloat16 has the range of float32"
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cache import CacheError, Reader
-from pipeline.checkpoint import Run, loss_of, score_of
+from pipeline.checkpoint import Run, loss_of, position_of, score_of
 from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError
 from pipeline.metrics import Task, rank
@@ -88,7 +88,8 @@ def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loa
         reader=reader,
     )
     curves = _curves(run.metrics())
-    for row, member in zip(summary, config.members, strict=True):
+    for row in summary:
+        member = config.members[position_of(row["id"])]
         task = Task.from_dict(run.card(row["id"])["target"])
         loaded.members.append(
             Trained(
@@ -152,7 +153,8 @@ def comparable(loaded: Sequence[Loaded]) -> list[list[Trained]]:
         source = one.reader.manifest.identity.get("source") if one.reader else None
         same = source or one.environment.get("fingerprint")
         for trained in one.members:
-            key = json.dumps([same, one.config.val_split, *_identity(trained.task)], sort_keys=True)
+            same_task = [same, one.config.val_split, *_identity(trained.task)]
+            key = json.dumps(same_task, sort_keys=True, allow_nan=False)
             groups.setdefault(key, []).append(trained)
     return [sorted(group, key=lambda t: t.rank) for group in groups.values()]
 
@@ -219,7 +221,8 @@ def _title(task: Task, group: list[Trained], loaded: Sequence[Loaded]) -> str:
 def _sentence(group: list[Trained], differing: Sequence[str], loaded: Sequence[Loaded]) -> str:
     best = group[0]
     if best.score is None:
-        return "Nothing was validated: no member can be called the best."
+        why = "No validation score is finite" if best.config.val_split else "Nothing was validated"
+        return f"{why}: no member can be called the best."
     told = [
         f"{spaced(n)} {shown(best.settings[n])}"
         for n in differing
@@ -229,7 +232,7 @@ def _sentence(group: list[Trained], differing: Sequence[str], loaded: Sequence[L
     if told:
         text += f" ({', '.join(told)})"
     name = TITLES[best.task.metric]
-    text += f": {name} {score_text(best.task.kind, best.score)}, loss {best.loss:.3f}."
+    text += f": {name} {score_text(best.task.kind, best.score)}, loss {loss_text(best.loss)}."
     reader = loaded[best.run].reader
     if len(group) == 1 or best.task.kind != "class" or reader is None or best.score in (0, 1):
         return text  # no standard error to speak of
@@ -248,7 +251,8 @@ def _over_seeds(counted: Sequence[Trained], names: Sequence[str]) -> list[dict[s
     groups: dict[str, list[Trained]] = {}
     for trained in counted:
         rest = {n: v for n, v in trained.settings.items() if n != "seed"}
-        groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(trained)
+        key = json.dumps(rest, sort_keys=True, default=str, allow_nan=False)
+        groups.setdefault(key, []).append(trained)
     lines: list[dict[str, Any]] = []
     for group in groups.values():
         scores = [trained.score for trained in group if trained.score is not None]
@@ -323,6 +327,10 @@ def score_text(kind: str, value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if kind == "regression" else f"{100 * value:.1f}{PERCENT}"
+
+
+def loss_text(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _mean_and_deviation(kind: str, mean: float, deviation: float) -> str:

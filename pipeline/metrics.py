@@ -7,6 +7,8 @@
 | regression | one number | number (B,), NaN | squared error of the standardised value | r2, mae |
 
 Rows without a label count nowhere. Scores are fractions, not percent; `mae` has the target's unit.
+What is not finite is no number that can be compared, written as JSON or drawn: it is None from
+here on.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ SCORES = {"class": ("top1", "top5"), "multilabel": ("map",), "regression": ("r2"
 def rank(score: float | None, loss: float | None, *, stopped: bool) -> tuple[bool, float, float]:
     """Sorts the members of one task, best first: by score, then by loss; those without a finite
     score later, those that were stopped early last."""
+    score, loss = finite(score), finite(loss)
+    return stopped, math.inf if score is None else -score, math.inf if loss is None else loss
 
-    def finite(value: float | None, otherwise: float) -> float:
-        return value if value is not None and math.isfinite(value) else otherwise
 
-    return stopped, -finite(score, -math.inf), finite(loss, math.inf)
+def finite(value: float | None) -> float | None:
+    """The value; None in place of NaN and the infinities."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +123,17 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """`values` by name, the ranking one first; mean `loss`; both over `n` rows with a label."""
+    """`values` by name, the ranking one first; mean `loss`; both over `n` rows with a label.
 
-    values: dict[str, float]
-    loss: float
+    All are None of a member whose loss is not finite: what such outputs get right is chance.
+    """
+
+    values: dict[str, float | None]
+    loss: float | None
     n: int
 
     @property
-    def score(self) -> float:
+    def score(self) -> float | None:
         """The one that ranks, higher is better."""
         return next(iter(self.values.values()))
 
@@ -158,9 +165,11 @@ class Tally(ABC):
     def scores(self) -> list[Scores]:
         """One `Scores` a member."""
         n = int(self.n)
-        losses = (self.sums[0] / max(n, 1)).tolist()
-        pairs = zip(self._values(), losses, strict=True)
-        return [Scores(values=values, loss=loss, n=n) for values, loss in pairs]
+        losses = [finite(loss) for loss in (self.sums[0] / max(n, 1)).tolist()]
+        return [
+            Scores(values=dict.fromkeys(values) if loss is None else {**values}, loss=loss, n=n)
+            for values, loss in zip(self._values(), losses, strict=True)
+        ]
 
 
 class ClassTally(Tally):

@@ -37,7 +37,8 @@ def examine(
 ) -> dict[str, Any]:
     """Confusion or scatter, and the worst mistakes, of one member on its validation rows.
 
-    `reader` has the cache it learned from. Raises RunError if it was validated on `test`.
+    `reader` has the cache it learned from. Raises RunError if it was validated on `test`, or if its
+    outputs are not finite.
     """
     if TEST in config.val_split:
         raise RunError("this run was validated on the test split, which a report never reads")
@@ -66,6 +67,9 @@ def _predict(
     if task.kind == "regression":
         outputs = outputs * task.scale + task.centre
     known = task.known(torch.from_numpy(labels)).numpy()
+    bad = int((~np.isfinite(outputs[known])).any(axis=1).sum())
+    if bad:
+        raise RunError(f"the outputs of {trained.id} are not finite on {bad} of {known.sum()} rows")
     return labelled.rows[known], labels[known], outputs[known]
 
 

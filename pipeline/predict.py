@@ -8,16 +8,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.checkpoint import Run
+from pipeline.checkpoint import Run, TrainedMember
 from pipeline.device import pick_device
 from pipeline.images import FileSource, Row, photos
 from pipeline.live import go_live
-from pipeline.metrics import Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The most probable classes of one photograph, best first; or why it could not be read.
+    """The most probable classes of one photograph, best first; or the `error` in their place: it
+    could not be read, or the member's outputs for it are not finite.
 
     A multilabel task's probabilities are each class's own; a regression has a `value` alone.
     """
@@ -46,7 +46,7 @@ def predict(
     """One `Prediction` a photograph, in order; folders are searched for images.
 
     Predicts with `member`, or the best on validation (of `task`, which a run of several tasks
-    needs). An unreadable photograph gets an `error` and does not stop the others. Raises RunError,
+    needs). A photograph with an `error` does not stop the others. Raises RunError,
     SourceError (nothing to predict) and BackboneError.
     """
     chosen, directory = pick_device(device), Run(run)
@@ -64,12 +64,15 @@ def predict(
             if row in failures:
                 out.append(Prediction(path=files[row], error=failures[row]))
             else:
-                out.append(_prediction(files[row], output, trained.task, top_k))
+                out.append(_prediction(files[row], output, trained, top_k))
         report(len(out), len(files))
     return out
 
 
-def _prediction(path: str, output: Tensor, task: Task, top_k: int) -> Prediction:
+def _prediction(path: str, output: Tensor, trained: TrainedMember, top_k: int) -> Prediction:
+    task = trained.task
+    if not output.isfinite().all():
+        return Prediction(path=path, error=f"{path}: the outputs of {trained.id} are not finite")
     if task.kind == "regression":
         return Prediction(path=path, value=float(output[0]) * task.scale + task.centre)
     each = output.softmax(dim=-1) if task.kind == "class" else output.sigmoid()

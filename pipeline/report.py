@@ -32,6 +32,7 @@ from pipeline.leaderboard import (
     board,
     comparable,
     load,
+    loss_text,
     score_text,
     spaced,
 )
@@ -190,9 +191,14 @@ def _render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(flag=spaced)
+    environment.filters.update(flag=spaced, loss=loss_text)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
     drawn = ("id", "score_name", "percent", "members", "effects", "differing")
-    scatters = [d["found"]["points"] for d in details if d["found"] and "points" in d["found"]]
+    scatters = {
+        detail["trained"].place: detail["found"]["points"]
+        for detail in details
+        if detail["found"] and "points" in detail["found"]
+    }
     return environment.get_template(f"{PAGE}.jinja").render(
         title=_listed([one.name for one in loaded]),
         runs=[_facts(one) for one in loaded],
@@ -272,10 +278,10 @@ def _evaluation(one: Loaded, line: Mapping[str, Any]) -> dict[str, str]:
     told = [
         f"{TITLES[name]} {score_text(kind, line[name])}"
         for name, kind in kinds.items()
-        if isinstance(line.get(name), int | float)
+        if name in line
     ]
-    if isinstance(line.get("loss"), int | float):
-        told.append(f"loss {line['loss']:.3f}")
+    if "loss" in line:
+        told.append(f"loss {loss_text(line['loss'])}")
     return {
         "run": one.name,
         "member": str(line.get("member", "")),

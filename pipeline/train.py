@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from cache import Reader
@@ -27,7 +26,15 @@ from pipeline.batches import (
     labelled_rows,
     make_task,
 )
-from pipeline.checkpoint import CARD_VERSION, CHECKPOINT, Run, environment, member_id, position_of
+from pipeline.checkpoint import (
+    CARD_VERSION,
+    CHECKPOINT,
+    Run,
+    environment,
+    member_id,
+    number_of,
+    position_of,
+)
 from pipeline.config import Member, TrainConfig
 from pipeline.device import (
     memory_explained,
@@ -39,7 +46,7 @@ from pipeline.device import (
 )
 from pipeline.errors import RunError
 from pipeline.members import Stack, make_stacks, method_settings, score, step_bytes
-from pipeline.metrics import SCORES, Scores, Task, rank
+from pipeline.metrics import SCORES, Scores, Task, finite, rank
 from pipeline.optim import learning_rate
 from pipeline.tensorboard import Events
 from pipeline.workers import Workers
@@ -136,7 +143,8 @@ class MemberResult:
     def to_dict(self) -> dict[str, Any]:
         """As `train --json` shows it: the scores beside the rest."""
         values = dict(vars(self))
-        return {**values, **values.pop("scores")}
+        scores = values.pop("scores")
+        return {**values, **scores}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,7 +438,7 @@ class _Pass:
                     "epoch": epoch + 1,
                     "member": member_id(position),
                     "lr": learning_rate(member, epoch),
-                    "train_loss": loss if np.isfinite(loss) else None,
+                    "train_loss": finite(loss),
                     **_columns(stack.task, self.scores.get(position)),
                 }
         return [lines[position] for position in sorted(lines)]
@@ -438,7 +446,8 @@ class _Pass:
     def _report_epoch(self, lines: Sequence[dict[str, Any]]) -> None:
         task, _ = self.known[0]
         same = [p for p, member in enumerate(self.config.members) if member.task == task.name]
-        scores = [self.scores[p].score for p in same if p in self.scores]
+        known = [self.scores[p].score for p in same if p in self.scores]
+        scores = [score for score in known if score is not None]
         losses = [line["train_loss"] for line in lines if line["train_loss"] is not None]
         self.report(
             EpochDone(
@@ -644,7 +653,8 @@ def _row(result: MemberResult) -> dict[str, Any]:
 
 def _finished(run: Run, config: TrainConfig, tasks: Mapping[str, Task]) -> TrainResult:
     members = []
-    for row, member in zip(run.summary(), config.members, strict=True):
+    for row in run.summary():
+        member = config.members[position_of(row["id"])]
         task = tasks[member.task]
         members.append(
             MemberResult(
@@ -653,7 +663,7 @@ def _finished(run: Run, config: TrainConfig, tasks: Mapping[str, Task]) -> Train
                 settings=member.all_settings,
                 parameters=int(row["parameters"]),
                 metric=f"val_{task.metric}",
-                scores={n: float(row[n]) if row[n] else None for n in _columns(task, None)},
+                scores={n: number_of(row[n]) for n in _columns(task, None)},
                 stopped=row["stopped"] or None,
             )
         )

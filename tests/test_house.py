@@ -204,6 +204,21 @@ def test_stage_two_never_loads_timm(zarr_cache: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "evaluations.jsonl").exists()
 
 
+def json_texts(text: str) -> list[ast.Call]:
+    """The calls of json.dumps in a module."""
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func) in ("json.dumps", "json.dump")]
+
+
+def test_no_json_holds_nan() -> None:
+    """Python would write it, and no other reader takes it: its place is null."""
+    found = {module: json_texts(text) for module, text in sources().items()}
+    assert sum(map(len, found.values())) >= 8
+    for module, calls in found.items():
+        for call in calls:
+            assert "allow_nan=False" in map(ast.unparse, call.keywords), module
+
+
 def test_only_the_command_line_prints() -> None:
     for module, text in sources().items():
         calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]

@@ -550,6 +550,14 @@ def test_keys_are_unique_and_utf8() -> None:
         FileSource(rows=rows, description="x", paths=["a"])
 
 
+def test_more_splits_than_a_byte_tells_apart_are_refused() -> None:
+    """A column of file names that was called `split`, say."""
+    rows = [Row(key=str(i), split=f"s{i}") for i in range(257)]
+    with pytest.raises(SourceError, match=r"257 splits \(s0, s1, s2 and 254 more\).*at most 256"):
+        FileSource(rows=rows, description="x", paths=[row.key for row in rows])
+    FileSource(rows=rows[:256], description="x", paths=[row.key for row in rows[:256]])
+
+
 # ---- decoding
 
 
@@ -644,7 +652,7 @@ def test_every_mode_becomes_rgb_as_pillow_converts(mode: str) -> None:
     got = decode(stream.getvalue(), "x")
     assert (got.mode, got.size) == ("RGB", (16, 16))
     with Image.open(io.BytesIO(stream.getvalue())) as reference:
-        assert reference.mode == mode
+        assert reference.mode in (mode, mode.removesuffix(";16"))  # older releases widen it to I
         assert got.tobytes() == reference.convert("RGB").tobytes()
 
 

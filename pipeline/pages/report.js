@@ -53,10 +53,16 @@ function decadeTicks(low, high) {
       }
     if (ticks.length <= 7) return ticks.length > 1 ? ticks : roundTicks(low, high, 4);
   }
-  return [low, high];
+  const first = Math.ceil(Math.log10(low)), last = Math.floor(Math.log10(high));
+  const stride = Math.ceil((last - first + 1) / 7); // so wide is what a diverged member leaves
+  const count = Math.ceil((last - first + 1) / stride);
+  return Array.from({ length: count }, (_, i) => 10 ** (first + i * stride));
 }
 
-const short = (value) => String(Number(value.toPrecision(3)));
+function short(value) {
+  const rounded = Number(value.toPrecision(3));
+  return Math.abs(rounded) < 1e6 ? String(rounded) : rounded.toExponential().replace("+", "");
+}
 
 const quantile = (values, share) => [...values].sort((a, b) => a - b)[Math.floor(share * (values.length - 1))];
 
@@ -104,13 +110,17 @@ function drawCurves(board, state, figure) {
     "aria-label": `${metric.replace("_", " ")} over epochs of ${drawn.length} members`,
   }, figure);
   svg.style.setProperty("--faintness", Math.max(0.1, Math.min(0.55, 30 / drawn.length)));
-  const values = drawn.flatMap((member) => member.curves[metric].filter((v) => v !== null));
+  const valuesOf = (members) =>
+    members.flatMap((member) => member.curves[metric].filter((v) => v !== null));
+  const values = valuesOf(drawn);
   const epochs = Math.max(...drawn.map((member) => member.curves[metric].length));
   const log = loss && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) > 8;
-  const floor = quantile(values, 0.1); // early epochs fall below the picture: the end matters
+  const scored = valuesOf(drawn.filter((member) => member.score !== null));
+  const ranging = loss || !scored.length ? values : scored; // diverged scores may lie anywhere
+  const floor = quantile(ranging, 0.1); // early epochs fall below the picture: the end matters
   const [low, high] = log
     ? [Math.min(...values) / 1.05, Math.max(...values) * 1.05]
-    : scoreRange(loss ? values : values.filter((v) => v >= floor), board.percent && !loss);
+    : scoreRange(loss ? values : ranging.filter((v) => v >= floor), board.percent && !loss);
   const x = linear(1, Math.max(2, epochs), left + 6, right);
   const y = (log ? logarithmic : linear)(low, high, bottom, top);
   const ticks = log ? decadeTicks(low, high) : roundTicks(low, high, 5);
@@ -161,7 +171,10 @@ function drawCurves(board, state, figure) {
       if (found) labels.before(found.group);
     }
     labels.replaceChildren();
-    const named = [...near, state.selected].filter((place) => paths.has(place));
+    const named = [...near, state.selected].filter((place) => {
+      const found = paths.get(place);
+      return found && found.member.curves[metric][found.last] >= low; // else below the picture
+    });
     const places = [...new Set(named)].map((place) => {
       const { member, last } = paths.get(place);
       return { place, id: member.id, x: x(last + 1) + 7, y: y(member.curves[metric][last]) + 4 };
@@ -398,9 +411,8 @@ for (const board of data.boards) {
   button.addEventListener("click", () => copy(button, pre));
   select(board, state, board.members[0].place);
 }
-document.querySelectorAll(".scatter").forEach((figure, i) => {
-  redraw.push(() => drawScatter(data.scatters[i], figure));
-});
+for (const figure of document.querySelectorAll(".scatter"))
+  redraw.push(() => drawScatter(data.scatters[figure.dataset.place], figure));
 
 let drawnAt = 0;
 function draw() {

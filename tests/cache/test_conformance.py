@@ -2,6 +2,7 @@
 see the files without the code under test."""
 
 import dataclasses
+import errno
 import os
 import pickle
 import threading
@@ -14,6 +15,7 @@ import pytest
 import zarr
 
 from cache import Reader, Target, Writer, decode, inspect, verify
+from cache import writer as writer_module
 from cache.ledger import Record
 from cache.location import open_backend
 
@@ -360,6 +362,149 @@ def test_the_loser_of_a_race_uses_the_winners_cache(location, sample, monkeypatc
         sample.fill(winner)
     assert list(location.parent.iterdir()) == [location]
     assert verify(location).complete
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("equal", [True, False], ids=["equal bytes", "other last bits"])
+def test_two_writers_of_a_shard_never_publish_a_mixture(location, sample, monkeypatch, seed, equal):
+    """No locks, or a worker's number given twice: in any order, what is complete is whole. With
+    other last bits (another machine's) that is Zarr's alone; HDF5's `verify` tells."""
+    monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
+    random = np.random.default_rng(seed)
+    values = {"a": sample.values, "b": sample.values}
+    if not equal:
+        values["b"] = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
+    writers = {name: Writer(location, sample.manifest, sample.tables) for name in values}
+    steps = [(name, row) for name in writers for row in range(4)]
+    for place in random.permutation(len(steps)):
+        name, row = steps[place]
+        arrays = {stack: array[row : row + 1] for stack, array in values[name].items()}
+        writers[name].write(row, arrays)
+        if open_backend(location).record(0) and (equal or location.suffix == ".zarr"):
+            assert verify(location).ok, (seed, name, row)
+    for writer in writers.values():
+        writer.close()
+    if location.suffix == ".zarr":
+        assert not list(location.rglob(".partial"))
+    elif not equal:
+        return
+    assert verify(location).ok
+    with Reader(location, allow_incomplete=True) as reader:
+        rows = reader.read(range(4), view=1)
+    assert any(np.array_equal(rows, v["tokens"][:4, 1]) for v in values.values())
+
+
+def test_a_file_that_a_killed_writer_named_is_vouched_for(tmp_path, sample, monkeypatch):
+    """Killed between a shard's name and its record: the next writer's bits may differ."""
+    location = tmp_path / "a.zarr"
+    with Writer(location, sample.manifest, sample.tables) as writer:
+        monkeypatch.setattr(writer._backend, "write_record", lambda *_: None)
+        sample.fill(writer, [range(4)])
+    assert inspect(location).rows_done == 0
+    other = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
+    with Writer(location, sample.manifest, sample.tables) as writer:
+        writer.write(0, {name: array[:4] for name, array in other.items()})
+    assert verify(location).ok
+    with Reader(location, allow_incomplete=True) as reader:
+        np.testing.assert_array_equal(reader.read(range(4)), sample.values["tokens"][:4, 0])
+
+
+def test_a_cut_file_without_a_record_is_replaced(tmp_path, sample):
+    location = sample.write(tmp_path / "a.zarr")
+    shard = location / "stacks/tokens/c/1/0/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:100])
+    (location / "ledger/c/1/0").unlink()
+    sample.write(location)
+    assert verify(location).ok
+    with Reader(location) as reader:
+        np.testing.assert_array_equal(reader.read(range(10)), sample.values["tokens"][:, 0])
+
+
+@pytest.mark.parametrize("locks", [True, None], ids=["locks", "no locks"])
+def test_unfinished_files_of_killed_writers_are_swept(tmp_path, sample, monkeypatch, locks):
+    location = tmp_path / "a.zarr"
+    if locks is None:
+        monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
+    live = Writer(location, sample.manifest, sample.tables, workers=2)
+    live.write(0, sample.rows(0, 2))
+    folder = location / "stacks/tokens/.partial"
+    (mine,) = folder.iterdir()
+    for name, age in (("0.1.old", 10**6), ("0.1.hour", 3600), ("0.1.new", 5)):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    if locks:
+        os.utime(mine, (0, 0))  # however old: its writer lives
+    other = Writer(location, sample.manifest, sample.tables, worker=1, workers=2)
+    left = {path.name for path in folder.iterdir()}
+    other.close()
+    assert left == {mine.name, "0.1.new", *(["0.1.hour"] if locks is None else [])}
+    live.write(2, sample.rows(2, 4))
+    live.close()
+    assert inspect(location).rows_done == 4 and verify(location).ok
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_hard_links(location, sample, monkeypatch, code):
+    real = os.link
+
+    def link(source: Path, target: Path) -> None:
+        if ".creating" in str(Path(target).parent):  # zarr's own
+            real(source, target)
+        else:
+            raise OSError(code, "no hard links")
+
+    monkeypatch.setattr(os, "link", link)
+    sample.write(location)
+    assert verify(location).ok
+    with Reader(location) as reader:
+        np.testing.assert_array_equal(reader.read(range(10)), sample.values["tokens"][:, 0])
+
+
+def test_overwrite_resumes_the_same_identity(location, sample):
+    """Left in a script it must not throw finished shards away."""
+    with Writer(location, sample.manifest, sample.tables, overwrite=True) as writer:
+        sample.fill(writer, [range(4)])
+    with Writer(location, sample.manifest, sample.tables, overwrite=True) as writer:
+        assert writer.rows_done == 4
+        sample.fill(writer)
+    with Writer(location, sample.manifest, sample.tables, overwrite=True) as writer:
+        assert writer.pending == []
+    other = sample.with_manifest(identity={"other": 1})
+    with Writer(location, other.manifest, other.tables, overwrite=True) as writer:
+        assert writer.rows_done == 0
+
+
+def test_workers_that_overwrite_leave_each_others_cache(location, sample):
+    sample.with_manifest(identity={"old": 1}).write(location)
+    options = {"overwrite": True, "workers": 3}
+    writers = []
+    for worker in range(3):
+        writer = Writer(location, sample.manifest, sample.tables, worker=worker, **options)
+        sample.fill(writer)
+        writers.append(writer)
+    for writer in writers:
+        writer.close()
+    assert inspect(location).complete and verify(location).ok
+
+
+def test_a_worker_that_comes_late_to_overwriting(location, sample, monkeypatch):
+    """It saw the old cache; before it can remove it, another has put the new one there."""
+    sample.with_manifest(identity={"old": 1}).write(location)
+    real, held = writer_module.remove, []
+
+    def late(path, unless):
+        monkeypatch.setattr(writer_module, "remove", real)
+        first = Writer(location, sample.manifest, sample.tables, overwrite=True, workers=2)
+        sample.fill(first)
+        held.append(first)
+        real(path, unless)
+
+    monkeypatch.setattr(writer_module, "remove", late)
+    options = {"overwrite": True, "worker": 1, "workers": 2}
+    with Writer(location, sample.manifest, sample.tables, **options) as writer:
+        sample.fill(writer)
+    held[0].close()
+    assert inspect(location).complete and verify(location).ok
 
 
 def test_leftovers_of_a_killed_creation_are_swept(location, sample):

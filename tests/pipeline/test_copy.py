@@ -15,6 +15,7 @@ from cache import (
     Manifest,
     Reader,
     Stack,
+    StorageOverflow,
     Writer,
     decode,
     encode,
@@ -247,7 +248,7 @@ def test_a_sum_that_does_not_fit_is_named(tmp_path: Path) -> None:
     with Writer(tmp_path / "c.zarr", manifest, {"keys": encode_keys(["a", "b"])}) as writer:
         writer.write(0, {"tokens": np.full((2, 1, 2, 3, 4), 5e4, np.float16)})
     with pytest.raises(
-        SettingError, match=r"tap z0\.\.z1: values .* to 9.997e\+04 do not fit float16"
+        StorageOverflow, match=r"tap z0\.\.z1 of a: values .* to 9.997e\+04 do not fit float16"
     ):
         copy(smaller(tmp_path / "c.zarr", tmp_path / "sum.zarr", gather="sum"))
     copy(smaller(tmp_path / "c.zarr", tmp_path / "sum8.zarr", gather="sum", dtype="int8"))

@@ -111,6 +111,8 @@ def test_one_ranking_for_members_and_trials() -> None:
     ]  # fmt: skip
     keys = [rank(score, loss, stopped=stopped) for score, loss, stopped in best_first]
     assert keys == sorted(keys)
+    nothing = rank(None, None, stopped=False)
+    assert rank(float("nan"), float("inf"), stopped=False) == nothing
 
     def trial(state: str, score: float) -> TrialDone:
         return TrialDone(number=0, state=state, member="m0", method="last", settings={},

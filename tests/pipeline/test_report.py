@@ -502,3 +502,71 @@ def test_tasks_of_other_kinds_each_have_a_board(images: Path, tmp_path: Path) ->
     assert error is not None and float(error[1]) == pytest.approx(last["val_mae"], rel=1e-3)
     precision = [float(text) for text in re.findall(r'"number">([\d.]+) %</td>', dom)]
     assert np.mean(precision) == pytest.approx(100 * float(rows["m1"]["val_map"]), abs=0.1)
+
+
+def test_a_browser_draws_what_diverged_members_leave(tasks_cache: Path, tmp_path: Path) -> None:
+    """m0 has no finite loss at all; m1 has one, far from the others', and then none."""
+    rates = (1e30, 3e2, 1e-3, 1e-2)
+    members = [dataclasses.replace(member(lr), task="warmth") for lr in rates]
+    train(train_config(tasks_cache, tmp_path / "run", *members))
+    curves = data_of(page_of(written := report([tmp_path / "run"])))["boards"][0]["members"]
+    (first,) = [one["curves"]["score"] for one in curves if one["id"] == "m1"]
+    assert len(first) == 1 and first[0] < -1e6
+
+    def labels(dom: str) -> dict[str, float]:
+        found = re.findall(r'<text class="label[^"]*" x="[^"]*" y="([^"]*)">(m\d)</text>', dom)
+        return {name: float(y) for y, name in found}
+
+    named = labels(browse(written.out))
+    assert named.keys() == {"m2", "m3"} and all(0 < y < 400 for y in named.values())
+    order = browse(
+        written.out,
+        "document.querySelector('[data-metric=val_loss]').click();"
+        "[...document.querySelectorAll('.leaderboard th')].find((th) => th.textContent === "
+        "'val loss').querySelector('button').click();",
+    )
+    assert re.findall(r'<tr data-place="r0-(m\d)"', order)[:2] == ["m3", "m2"]
+    assert order.count('class="end') == 1 and labels(order).keys() == {"m1", "m2", "m3"}
+    plot = order.partition('<figure class="curves">')[2].partition("</figure>")[0]
+    ticks = re.findall(r'text-anchor="end">([\de.-]+)</text>', plot)
+    assert len(ticks) >= 5 and any(re.fullmatch(r"1e\d+", tick) for tick in ticks)
+
+
+def test_each_scatter_plot_shows_its_own_task(images: Path, tmp_path: Path) -> None:
+    """Two runs of two numbers: boards stand by task, and a look at each run stands in each."""
+    lines = ["path,split,value:age,value:mass"]
+    for number, path in enumerate(sorted(images.rglob("*.png"))):
+        split = path.relative_to(images).parts[0]
+        lines.append(f"{path},{split},{number % 7},{1000 + 10 * number}")
+    table = tmp_path / "images.csv"
+    table.write_text("\n".join(lines) + "\n")
+    extract(extract_config(table, tmp_path / "c.zarr"))
+    runs = [tmp_path / "first", tmp_path / "second"]
+    for seed, run in enumerate(runs):
+        members = [dataclasses.replace(member(seed=seed), task=task) for task in ("age", "mass")]
+        train(train_config(tmp_path / "c.zarr", run, *members))
+    written = report(runs, out=tmp_path / "page.html")
+    scatters = data_of(page_of(written))["scatters"]
+    truths = {place: [truth for truth, _ in points] for place, points in scatters.items()}
+    assert {place: max(values) < 7 for place, values in truths.items()} == {
+        "r0-m0": True, "r1-m0": True, "r0-m1": False, "r1-m1": False,
+    }  # fmt: skip
+    dom = browse(written.out)
+    figures = re.findall(r'<figure class="scatter" data-place="([^"]*)">(.*?)</figure>', dom, re.S)
+    assert [place for place, _ in figures] == ["r0-m0", "r1-m0", "r0-m1", "r1-m1"]
+    for place, figure in figures:
+        ticks = [float(text) for text in re.findall(r">(-?[\d.]+)</text>", figure)]
+        assert (max(ticks) > 1000) == place.endswith("m1"), place
+
+
+def test_a_summary_in_another_order_is_read_by_id(run: Path) -> None:
+    """As a spreadsheet may leave it."""
+    before = page_of(report([run]))
+    edit_summary(run, lambda rows: rows.sort(key=lambda row: float(row["val_loss"])))
+    shuffled = [row["id"] for row in Run(run).summary()]
+    assert shuffled != sorted(shuffled)
+    assert data_of(page_of(report([run]))) == data_of(before)
+    again = train(dataclasses.replace(Run(run).config(), out=str(run)))  # finished: it is read
+    assert {one.id: (one.settings["lr"], one.settings["seed"]) for one in again.members} == {
+        f"m{i}": (one.lr, one.seed) for i, one in enumerate(GRID)
+    }
