@@ -206,19 +206,21 @@ class Sidecache(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         kept = "what was finished is kept, the same command goes on from there"
-        try:
-            with Sigterm() as sigterm:
+        with Sigterm() as sigterm:
+            try:
                 return super().invoke(ctx)
-        except (KeyboardInterrupt, Exception) as error:
-            if sigterm.came or isinstance(error, Terminated):
+            except Terminated:
                 _fail(f"terminated; {kept}", 143)
-            if isinstance(error, KeyboardInterrupt):
+            except KeyboardInterrupt:
                 _fail(f"interrupted; {kept}", 130)
-            if isinstance(error, BrokenPipeError):
+            except BrokenPipeError:
                 raise SystemExit(1) from None
-            if not _known(error):
+            except Exception as error:
+                if _known(error):
+                    _fail(str(error), 1)
+                if sigterm.has_come():  # and a worker died of it first
+                    _fail(f"terminated; {kept}", 143)
                 raise
-            _fail(str(error), 1)
 
 
 def _known(error: Exception) -> bool:

@@ -54,12 +54,12 @@ CHECKPOINT, SUMMARY, MEMBERS, COST = "checkpoint.pt", "summary.csv", "members", 
 EVALUATIONS, PAGE = "evaluations.jsonl", "report.html"
 REFIT = "refit"  # a run of its own inside the run
 SWEEP, STUDY, ROUND = "sweep.yaml", "study.db", "round"  # what a sweep has beside the rest
-_MEMBER = ("adapter_model.safetensors", "adapter_config.json")
-_LEFT = (  # by a run, its evaluations, its events; without the two documents that say whose it is
-    SUMMARY, CHECKPOINT, METRICS, COST, EVALUATIONS,
-    *(f"{MEMBERS}/m*/{name}" for name in (*_MEMBER, ".*.partial")),
-    f"{EVENTS}/m*/events.out.tfevents.*",
-)  # fmt: skip
+_OF_A_MEMBER = (  # folder, and the files in each member's own below it
+    (MEMBERS, "adapter_model.safetensors"),
+    (MEMBERS, "adapter_config.json"),
+    (MEMBERS, ".*.partial"),
+    (EVENTS, "events.out.tfevents.*"),
+)
 _PAGE_SAYS = "sidecache report"
 _DELETE_IT = "Delete that file, and the same command trains from the first epoch."
 CARD_VERSION = 3  # of adapter_config.json; 1 knew plain ViTs only, 2 one class target
@@ -189,7 +189,11 @@ class Run:
     def clear(self) -> None:
         """Delete what a run, a sweep, their refit, evaluations and page left here, and nothing
         else. The documents that say whose directory this is stay: a kill leaves it a run."""
-        delete(self.path, _LEFT)
+        delete(self.path, (SUMMARY, CHECKPOINT, METRICS, COST, EVALUATIONS))
+        for folder, name in _OF_A_MEMBER:
+            members = [path.name for path in (self.path / folder).glob("m*")]
+            ours = [member for member in members if member[1:].isdecimal()]
+            delete(self.path, [f"{folder}/{member}/{name}" for member in ours])
         for name in (ROUND, REFIT):
             Run(self.path / name).remove()
         if self.sweep():

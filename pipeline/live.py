@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.backbone import Backbone, Preprocessing, load_backbone
 from pipeline.checkpoint import TrainedMember
-from pipeline.device import without_tf32
+from pipeline.device import pick_precision, without_tf32
 from pipeline.errors import BackboneError
 from pipeline.images import Source
 from pipeline.loader import image_batches
@@ -23,11 +23,12 @@ from pipeline.loader import image_batches
 
 @dataclass(frozen=True, kw_only=True)
 class LiveMember:
-    """A member and its backbone on one device, computing in `precision`."""
+    """A member and its backbone on one device, each computing in its own precision."""
 
     member: TrainedMember
     backbone: Backbone
-    precision: torch.dtype
+    backbone_precision: torch.dtype
+    member_precision: torch.dtype
 
     def batches(
         self, source: Source, *, batch_size: int, workers: int
@@ -53,8 +54,9 @@ class LiveMember:
         def sink(tap: str, tokens: Tensor) -> None:
             features[tap] = tokens.float()
 
-        self.backbone.read_taps(images.to(self.backbone.device), sink, precision=self.precision)
-        return network(network.operands(features, self.precision))[0].float()
+        images = images.to(self.backbone.device)
+        self.backbone.read_taps(images, sink, precision=self.backbone_precision)
+        return network(network.operands(features, self.member_precision))[0].float()
 
 
 def go_live(
@@ -62,11 +64,10 @@ def go_live(
 ) -> LiveMember:
     """Load the member's backbone. Raises BackboneError if its weights are other ones.
 
-    `amp` None computes in the precision that the cache was extracted in.
+    `amp` None computes the features in the precision that the cache was extracted in, and the
+    member's outputs in the one that it learned in.
     """
     card = member.card
-    if amp is None:
-        amp = card["precision"] != "float32"
     wanted, name = card["backbone"]["weights_sha256"], card["backbone"]["name"]
     preprocessing = vars(Preprocessing.from_dict(card["preprocessing"]))
     backbone = load_backbone(name, device=device, weights=weights, preprocessing=preprocessing)
@@ -76,6 +77,10 @@ def go_live(
             f"came {backbone.weights_sha256[:12]}. Give the same file with --weights."
         )
     backbone.keep(member.network.sources(tuple(backbone.taps)))
+    asked = None if amp is None else pick_precision(device, amp)
     return LiveMember(
-        member=member, backbone=backbone, precision=torch.bfloat16 if amp else torch.float32
+        member=member,
+        backbone=backbone,
+        backbone_precision=asked or getattr(torch, card["precision"]),
+        member_precision=asked or member.precision,
     )

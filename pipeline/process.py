@@ -7,12 +7,14 @@ library never does it behind anyone's back.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import signal
 import sys
 import threading
+import time
 from typing import Any, ClassVar, Self
 
 SPIN_COUNT = "2000"  # rounds that an idle OpenMP thread waits awake, some ten microseconds
@@ -41,7 +43,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Sigterm:
-    """While it is open, the first SIGTERM raises Terminated in the main thread; `came` says so.
+    """While it is open, the first SIGTERM raises Terminated in the main thread.
 
     Later ones do not disturb what the first sets off, up to the end of the process. It is raised a
     moment later where Python would swallow it: amid a fork, whose hooks it would tear besides, or
@@ -53,9 +55,9 @@ class Sigterm:
     open: ClassVar[Sigterm | None] = None
 
     def __init__(self) -> None:
-        self.came = False
-        self._process = os.getpid()
+        self._came = False
         self._forking = self._late = False
+        self._mask: set[signal.Signals | int] = set()
         self._unraisable = sys.unraisablehook
 
     def __enter__(self) -> Self:
@@ -68,17 +70,21 @@ class Sigterm:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if Sigterm.open is self and not self.came:
+        if Sigterm.open is self and not self._came:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             sys.unraisablehook = self._unraisable
             Sigterm.open = None
 
+    def has_come(self) -> bool:
+        """Whether SIGTERM came, or comes now: in a group of processes each gets it in turn."""
+        with contextlib.suppress(Terminated):
+            if not self._came:
+                time.sleep(self.SECONDS)
+        return self._came
+
     def _handle(self, _number: int, _frame: object) -> None:
-        if os.getpid() != self._process:
-            self.forked()
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif self._late or not self.came:
-            self.came, self._late = True, self._forking
+        if self._late or not self._came:
+            self._came, self._late = True, self._forking
             if not self._late:
                 raise Terminated
 
@@ -86,7 +92,7 @@ class Sigterm:
         if issubclass(unraisable.exc_type, Terminated):
             self._late = True
             self._again()
-        elif not self.came:  # else: of something that was torn
+        elif not self._came:  # else: of something that was torn
             self._unraisable(unraisable)
 
     def _again(self) -> None:
@@ -96,9 +102,12 @@ class Sigterm:
         again.start()
 
     def before_fork(self) -> None:
+        """The kernel keeps what comes now; Python would forget it in the new process."""
         self._forking = True
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def after_fork(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)  # handles what has come
         self._forking = False
         if self._late:
             self._again()
@@ -106,6 +115,7 @@ class Sigterm:
     def forked(self) -> None:
         """In the new process: SIGTERM ends it."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
 
 @functools.cache
