@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from measure import print_line
+from measure import AMP, add_compute_flags, print_line, width_of
 
 SETS = "sign_digits coil40_azimuth brain_mri cifar10 pacs_sketch"
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder to keep everything in")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", help="of every side network  [default: the method's recipe]")
-    parser.add_argument("--device", default="auto")
+    add_compute_flags(parser)
     parser.add_argument(
         "--sidecache", default=str(Path(sys.executable).with_name("sidecache")), help="the command"
     )
@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace, name: str) -> None:
     baseline = results.get("linear")
     print_line(
         "accuracy",
-        device=options.device,
+        computing=options,
         set=name,
         ratio=results["last"]["top1"] / baseline["top1"]
         if baseline and "last" in results
@@ -100,7 +100,12 @@ def measure(options: argparse.Namespace, name: str) -> None:
         baseline="the linear probe, chosen the same way",
         test=results,
         seconds=stages.seconds,
-        sizes={"model": options.model, "seeds": options.seeds, "epochs": options.epochs},
+        sizes={
+            "model": options.model,
+            "dim": width_of(options.model),
+            "seeds": options.seeds,
+            "epochs": options.epochs,
+        },
     )
     if not options.keep_caches:
         for cache in stages.folder.glob("*.zarr"):
@@ -169,13 +174,15 @@ class Stages:
     """Commands of one set, each run once: its JSON and its seconds are kept beside its output."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
-        self.folder, self.device, self.sidecache = folder, options.device, options.sidecache
+        self.folder, self.sidecache = folder, options.sidecache
+        amp = {None: [], True: ["--amp"], False: ["--no-amp"]}[AMP[options.precision]]
+        self.where = ["--device", options.device, *amp]
         self.seconds: dict[str, float] = {}
         (folder / "stages").mkdir(parents=True, exist_ok=True)
 
     def run(self, stage: str, arguments: list[str], *, where: bool = True) -> dict[str, Any]:
-        """The answer of a command; `where` says on which device it computes."""
-        command = [*arguments, *(["--device", self.device] if where else []), "--json"]
+        """The answer of a command; `where` if it computes, and has to be told on what."""
+        command = [*arguments, *(self.where if where else []), "--json"]
         record = self.folder / "stages" / f"{stage}.json"
         if record.exists():
             kept = json.loads(record.read_text())

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from measure import print_line
+from measure import AMP, add_compute_flags, print_line, width_of
 from PIL import Image
 from synthetic import write_photographs
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--images", help="a folder of images  [default: 32 made-up photographs]")
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--weights", help="a file  [default: random weights]")
+    add_compute_flags(parser)
     parser.add_argument("--folder", help="where temporary files go")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
@@ -50,6 +51,8 @@ def main() -> None:
             pretrained=options.weights is not None,
             out=source,
             dtype="float32",
+            device=options.device,
+            amp=AMP[options.precision],
         )
         rows = extract(config).rows
         measured, errors = {}, {}
@@ -63,6 +66,7 @@ def main() -> None:
         pixels = height * width * 3
         print_line(
             "bytes",
+            computing=options,
             ratio=measured["sum, int8"] / pixels,
             baseline=f"the raw {height} x {width} x 3 pixels, {pixels} bytes",
             bytes_per_image={form: round(size) for form, size in measured.items()},
@@ -72,6 +76,7 @@ def main() -> None:
             jpeg_side=float(np.mean([Image.open(path).width for path in files])) if files else None,
             sizes={
                 "model": options.model,
+                "dim": width_of(options.model),
                 "rows": rows,
                 "images": images.name if options.images else "made up",
             },

@@ -98,7 +98,10 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         images_per_second=speed,
         legs_seconds=legs,
         rounds=rates,
-        sizes={k: getattr(options, k) for k in ("model", "images", "batch_size", "workers")},
+        sizes={
+            "dim": model.num_features,
+            **{k: getattr(options, k) for k in ("model", "images", "batch_size", "workers")},
+        },
     )
 
 

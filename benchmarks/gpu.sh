@@ -1,50 +1,38 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: the gpu tests, then the benchmarks. All JSON lines go to one file,
-# $OUT/DATE-gpu.jsonl, or benchmarks/results/DATE-gpu.jsonl without OUT.
+# Everything that needs a GPU, in one call on a bare machine: the environment (`make setup`), the
+# gpu tests, the benchmarks. All JSON lines go to one file, $OUT/DATE-gpu.jsonl, or
+# benchmarks/results/DATE-gpu.jsonl without OUT; each has its date, hardware, commit and command.
 #
-#   benchmarks/gpu.sh                                   in the project's environment
-#   PYTHON=python3 COMMIT=… benchmarks/gpu.sh           on a machine with neither .venv nor .git
+#   benchmarks/gpu.sh                               needs Python 3.11+, git, make, and PyPI once
+#   PYTHON=python3 COMMIT=… benchmarks/gpu.sh       with what that Python has: no network, no git
 #
-# QUICK=1 uses small sizes, to try the script itself.
+# Caches go below $TMPDIR: 20 GB. QUICK=1 uses small sizes, to try the script itself.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-.venv/bin/python}
+if [ -z "${PYTHON:-}" ]; then
+    make setup >&2 || exit 1
+    PYTHON=.venv/bin/python
+fi
 results=${OUT:-benchmarks/results}/$(date +%F)-gpu.jsonl
-mkdir -p "$(dirname "$results")"
+mkdir -p "$(dirname "$results")" || exit 1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null)}
 workers=$(($(nproc) > 2 ? $(nproc) - 2 : 2))
 failed=0
 
-# extract and the run directories name the installed version of sidecache
-"$PYTHON" -c 'import importlib.metadata as m; m.version("sidecache")' 2>/dev/null ||
-    "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --editable . || exit 1
+"$PYTHON" -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else (
+    f"gpu.sh: torch {torch.__version__} sees no GPU. nvidia-smi must list one, with a driver for "
+    "that CUDA."))' || exit 1
 
-measure() { # NAME COMMAND… : run it, keep its JSON line, go on if it fails
-    echo "== ${*:2}" >&2
-    if ! "${@:2}" | tee -a "$results"; then
-        echo "{\"benchmark\": \"$1\", \"failed\": \"${*:2}\"}" | tee -a "$results"
+measure() { # NAME ARGUMENT… : run benchmarks/NAME.py, keep its JSON line, go on if it fails
+    local command=("$PYTHON" "benchmarks/$1.py" "${@:2}")
+    echo "== ${command[*]}" >&2
+    if ! "${command[@]}" | tee -a "$results"; then
+        printf '{"benchmark": "%s", "failed": "%s", "commit": "%s", "date": "%s"}\n' \
+            "$1" "${command[*]}" "$COMMIT" "$(date +%F)" | tee -a "$results"
         failed=1
     fi
-}
-
-tests() {
-    local code log
-    log=$(mktemp)
-    "$PYTHON" -m pytest -q -m gpu >"$log" 2>&1
-    code=$?
-    cat "$log" >&2
-    hardware=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader)
-    "$PYTHON" - "$code" "$(tail -n 1 "$log")" "$hardware" <<'END'
-import json, os, platform, sys
-code, summary, hardware = sys.argv[1:]
-print(json.dumps({"benchmark": "gpu_tests", "exit": int(code), "summary": summary,
-                  "hardware": hardware, "cpus": os.cpu_count(), "commit": os.environ["COMMIT"],
-                  "platform": platform.platform()}))
-END
-    rm -f "$log"
-    return "$code"
 }
 
 if [ -n "${QUICK:-}" ]; then
@@ -61,14 +49,13 @@ else
     stream=(--members 1,4,16,64 --rows 2048 --rounds 3)
 fi
 
-measure gpu_tests tests
+measure gpu_tests --device cuda
 for model in vit_base_patch16_224 vit_tiny_patch16_224; do
-    measure extract "$PYTHON" benchmarks/extract.py --device cuda --workers "$workers" \
-        --model "$model" "${extract[@]}"
+    measure extract --device cuda --workers "$workers" --model "$model" "${extract[@]}"
 done
-measure read "$PYTHON" benchmarks/read.py "${read[@]}"
-measure train "$PYTHON" benchmarks/train.py --device cuda "${train[@]}"
-measure members "$PYTHON" benchmarks/members.py --device cuda "${members[@]}"
-measure stream "$PYTHON" benchmarks/stream.py --device cuda "${stream[@]}"
+measure read "${read[@]}"
+measure train --device cuda "${train[@]}"
+measure members --device cuda "${members[@]}"
+measure stream --device cuda "${stream[@]}"
 echo "written to $results" >&2
 exit "$failed"

@@ -11,10 +11,11 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,6 +74,15 @@ def precision_of(options: argparse.Namespace) -> Any:
     return pick_precision(pick_device(options.device), AMP[options.precision])
 
 
+def width_of(model: str) -> int:
+    """D of a timm backbone."""
+    import timm
+    import torch
+
+    with torch.device("meta"):  # shapes alone
+        return timm.create_model(model, pretrained=False).num_features
+
+
 def print_line(
     benchmark: str, *, computing: argparse.Namespace | None = None, **fields: Any
 ) -> None:
@@ -80,16 +90,18 @@ def print_line(
 
     `computing` holds the flags of a benchmark that computes: device and precision are then named.
     """
+    import torch
+
     where = {
-        "device": _device_name(computing.device if computing else "cpu"),
-        **({"precision": str(precision_of(computing))[6:]} if computing else {}),
+        **_computed_on(computing),
         "cpu": _cpu_name(),
         "cpu_bfloat16": _cpu_bfloat16(),
         "cpus": os.cpu_count(),
-        "torch": version("torch"),
+        "torch": torch.__version__,  # names its CUDA, too
         "python": platform.python_version(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", *sys.argv]),
     }
     print(json.dumps(_rounded({"benchmark": benchmark, **fields, **where})), flush=True)
 
@@ -107,10 +119,13 @@ def commit() -> str | None:
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
-def _device_name(device: str) -> str:
-    from pipeline.device import name_of, pick_device
+def _computed_on(computing: argparse.Namespace | None) -> dict[str, str]:
+    from pipeline.device import name_of, pick_device, precision_name
 
-    return name_of(pick_device(device))
+    if computing is None:
+        return {"device": name_of(pick_device("cpu"))}
+    device = name_of(pick_device(computing.device))
+    return {"device": device, "precision": precision_name(precision_of(computing))}
 
 
 def _cpu_name() -> str:
@@ -118,9 +133,10 @@ def _cpu_name() -> str:
 
 
 def _cpu_bfloat16() -> str:
-    """Which instructions for bfloat16 the processor has: `amx`, `avx512` or `none`."""
+    """Which instructions for bfloat16 the processor has, where Linux tells; else `unknown`."""
     flags = _cpu_fact("flags").split()
-    return "amx" if "amx_bf16" in flags else "avx512" if "avx512_bf16" in flags else "none"
+    known = (name for name in ("amx_bf16", "avx512_bf16") if name in flags)
+    return next(known, "none" if flags else "unknown")
 
 
 def _cpu_fact(name: str) -> str:
