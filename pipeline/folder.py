@@ -37,7 +37,7 @@ def hold(folder: Path) -> int:
             f"{folder}: expected a folder, or a place where one can be made; came "
             f"{error.strerror!r}. Choose another --out."
         ) from error
-    if try_lock(fd):
+    if try_lock(fd) is not False:
         sweep_litter(folder)
         return fd
     os.close(fd)

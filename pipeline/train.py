@@ -399,7 +399,15 @@ class _Pass:
             def train_on(item: tuple[int, Stack], batch: Batch = batch) -> None:
                 item[1].step(batch, item[0])
 
-            self.workers.queue(train_on, stacks)
+            try:
+                self.workers.queue(train_on, stacks)
+            except KeyboardInterrupt:  # between the steps of two stacks: the others take theirs
+                self.workers.finish()
+                most = max(stack.optimiser.steps for _, stack in stacks)
+                for item in stacks:
+                    if item[1].whole and item[1].optimiser.steps < most:
+                        train_on(item)
+                raise
             pace = clock.tick(step)
             if pace is not None:
                 self._report_start(pace)
@@ -509,8 +517,7 @@ class _Pass:
             part.narrow(networks)
 
     def _save_checkpoint(self) -> None:
-        """Unless an interrupt tore a step, or came between those of two stacks: then the last
-        checkpoint stands."""
+        """Unless an interrupt tore a step: then the last checkpoint stands."""
         self.workers.finish()
         stacks = [stack for _, stack in self.learning.stacks]
         if len({stack.optimiser.steps for stack in stacks}) != 1 or not all(

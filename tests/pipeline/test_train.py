@@ -26,7 +26,7 @@ from pipeline.config import Member, TrainConfig, cross, read_yaml
 from pipeline.errors import BackboneError, DeviceError, MissingTaps, RunError, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.members import make_members
+from pipeline.members import Stack, make_members
 from pipeline.predict import predict
 from pipeline.side import METHODS
 from pipeline.train import EpochDone, MemberStopped, Start, _Pass, train
@@ -215,6 +215,34 @@ def test_an_interrupt_loses_no_step(
         assert_same(tmp_path / "whole", tmp_path / "broken", member)
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "broken")]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("call", [4, 5, 6])
+def test_an_interrupt_between_two_stacks_loses_no_step(
+    zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Three stacks one after the other, as on one core; in the second step, before one of them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    other = dataclasses.replace(LAST, epochs=2, seed=3, settings={"rank": 2})
+    train(train_config(zarr_cache, tmp_path / "whole", LAST, LINEAR, other))
+    real, calls = Stack._backward, itertools.count(1)
+
+    def interrupting(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    config = train_config(zarr_cache, tmp_path / "broken", LAST, LINEAR, other)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "_backward", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    state = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
+    steps = {member["optimiser"]["steps"] for member in state["members"].values()}
+    assert steps == {1 if call == 4 else 2}
+    train(config)
+    for member in ("m0", "m1", "m2"):
+        assert_same(tmp_path / "whole", tmp_path / "broken", member)
 
 
 ENDINGS = ("_validate", "_lines", "_stopping", "_report_epoch", "_retire", "_leave")
