@@ -124,10 +124,8 @@ def publish(partial: Path, path: Path) -> bool:
         os.link(partial, path)
     except FileExistsError:
         return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        if path.exists():  # a file system without hard links: the gap between these two is small
+    except OSError:  # it has no hard links, or none between folders; how it says so differs
+        if path.exists():  # the gap between these two is small
             return False
         partial.rename(path)
         return True
@@ -153,21 +151,28 @@ def try_lock(fd: int, *, shared: bool = False) -> bool | None:
 def sweep(folder: Path) -> None:
     """Delete the unfinished files in `folder` that killed processes left, and it, if it is empty.
 
-    Whoever still writes one holds its lock. A young file may not be locked yet; where there are no
-    locks, only an old one can be nobody's.
+    Whoever still writes one holds its lock. A young file may not be locked yet, and is not touched:
+    its writer's try at the lock must not fail. Where there are no locks, only an old file can be
+    nobody's.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                locked = try_lock(fd)
-                least = OLD_SECONDS if locked is None else YOUNG_SECONDS
-                if locked is not False and time.time() - path.stat().st_mtime > least:
-                    path.unlink()
-            finally:
-                os.close(fd)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it is gone, or another user's
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                _sweep_file(path)
         folder.rmdir()
+
+
+def _sweep_file(path: Path) -> None:
+    age = time.time() - path.stat().st_mtime
+    if age <= YOUNG_SECONDS:
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        locked = try_lock(fd)
+        if locked or (locked is None and age > OLD_SECONDS):
+            path.unlink()
+    finally:
+        os.close(fd)
 
 
 def free_bytes(path: Path) -> int:

@@ -40,7 +40,9 @@ class ZarrBackend(Backend):
         import zarr
 
         manifest = manifest_of(document)
-        root = zarr.create_group(path, zarr_format=3, attributes={"sidecache": document})
+        root = zarr.create_group(
+            _local_store(path), zarr_format=3, attributes={"sidecache": document}
+        )
         plain: dict[str, Any] = {"compressors": None, "filters": None, "fill_value": 0}
         for name, table in tables.items():
             array = root.create_array(
@@ -195,6 +197,21 @@ class ZarrBackend(Backend):
 
     def _index_bytes(self) -> int:
         return self.manifest.rows_per_shard * self.manifest.views * 16 + 4
+
+
+def _local_store(path: Path) -> Any:
+    """zarr's store of plain files, for a folder where nobody else writes.
+
+    Its own way to set what is absent makes hard links, which some file systems lack.
+    """
+    from zarr.storage import LocalStore
+
+    class Store(LocalStore):
+        async def set_if_not_exists(self, key: str, value: Any) -> None:
+            if not await self.exists(key):
+                await self.set(key, value)
+
+    return Store(path)
 
 
 def _metadata(folder: Path) -> dict[str, Any]:

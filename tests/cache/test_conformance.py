@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import Reader, Target, Writer, decode, inspect, verify
+from cache import Reader, Target, Writer, decode, files, inspect, verify
 from cache import writer as writer_module
 from cache.ledger import Record
 from cache.location import open_backend
@@ -460,21 +461,85 @@ def test_unfinished_files_of_killed_writers_are_swept(tmp_path, sample, monkeypa
     assert inspect(location).rows_done == 4 and verify(location).ok
 
 
-@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EACCES])
 def test_a_file_system_without_hard_links(location, sample, monkeypatch, code):
-    real = os.link
+    """Some have none at all, some none between folders."""
 
     def link(source: Path, target: Path) -> None:
-        if ".creating" in str(Path(target).parent):  # zarr's own
-            real(source, target)
-        else:
-            raise OSError(code, "no hard links")
+        raise OSError(code, "no hard links")
 
     monkeypatch.setattr(os, "link", link)
     sample.write(location)
     assert verify(location).ok
     with Reader(location) as reader:
         np.testing.assert_array_equal(reader.read(range(10)), sample.values["tokens"][:, 0])
+
+
+def test_without_hard_links_a_name_is_not_taken_either(location, sample, monkeypatch):
+    def link(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
+    first = Writer(location, sample.manifest, sample.tables)
+    monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
+    second = Writer(location, sample.manifest, sample.tables)
+    other = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
+    sample.fill(first)
+    if location.suffix == ".zarr":
+        second.write(0, {name: array[:4] for name, array in other.items()})
+    for writer in (first, second):
+        writer.close()
+    assert list(location.parent.iterdir()) == [location]
+    with Reader(location) as reader:
+        np.testing.assert_array_equal(reader.read(range(10)), sample.values["tokens"][:, 0])
+    assert verify(location).ok
+
+
+def test_a_row_that_the_faster_writer_skipped_stays_skipped(tmp_path, sample, monkeypatch):
+    """Its zeros would pass for features."""
+    monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
+    location = tmp_path / "a.zarr"
+    with (
+        Writer(location, sample.manifest, sample.tables) as first,
+        Writer(location, sample.manifest, sample.tables) as second,
+    ):
+        second.write(0, sample.rows(0, 3), {2: "truncated image"})
+        first.write(0, sample.rows(0, 4), {1: "no answer"})
+        second.write(3, sample.rows(3, 4))
+    with Reader(location, allow_incomplete=True) as reader:
+        assert reader.skipped == {
+            1: "skipped by another writer of this shard",
+            2: "truncated image",
+        }
+        assert not reader.read([1]).any()
+    assert verify(location).ok
+
+
+def test_a_folder_of_unfinished_files_may_vanish(tmp_path, sample, monkeypatch):
+    """Another worker sweeps at the same time."""
+    location = tmp_path / "a.zarr"
+    writer = Writer(location, sample.manifest, sample.tables)
+    sample.fill(writer)
+    folder, real = location / "stacks/tokens/.partial", Path.iterdir
+    folder.mkdir(exist_ok=True)
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path == folder:
+            folder.rmdir()
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    writer.close()
+    assert not folder.exists() and verify(location).ok
+
+
+def test_a_sweep_never_holds_the_lock_of_a_young_file(tmp_path, monkeypatch):
+    """Its writer asks for it once, and would go without."""
+    (tmp_path / "0.1.young").write_bytes(b"half")
+    monkeypatch.setattr(files, "try_lock", lambda fd, **_: pytest.fail("it was asked for"))
+    files.sweep(tmp_path)
+    assert (tmp_path / "0.1.young").exists()
 
 
 def test_overwrite_resumes_the_same_identity(location, sample):

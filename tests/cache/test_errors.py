@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -348,6 +349,32 @@ def test_a_damaged_byte_is_named(location, sample):
         assert writer.pending == [range(4, 8)]
         sample.fill(writer)
     assert verify(location).ok
+
+
+@pytest.mark.parametrize("deletions", [0, 1, 2])
+def test_killed_while_forgetting(tmp_path, sample, monkeypatch, deletions):
+    """A file without a record would be vouched for: it goes first."""
+    location = sample.write(tmp_path / "a.zarr")
+    path, offset = place(location, "late", 6)
+    flip_byte(path, offset)
+    writer, unlink = Writer(location, sample.manifest, sample.tables), type(path).unlink
+    left = [unlink] * deletions
+
+    def killed(path: Path) -> None:
+        left.pop()(path)
+
+    monkeypatch.setattr(type(path), "unlink", killed)
+    with pytest.raises(IndexError):
+        writer.forget([1])
+    monkeypatch.undo()
+    writer.close()
+    with Writer(location, sample.manifest, sample.tables) as writer:
+        assert writer.pending == []
+        assert verify(location).damaged_shards == [1]
+        writer.forget([1])
+        sample.fill(writer)
+    with Reader(location) as reader:
+        np.testing.assert_array_equal(reader.read([6], stack="late"), sample.values["late"][[6], 0])
 
 
 def test_a_torn_ledger_record_counts_as_not_done(location, sample):
