@@ -263,8 +263,12 @@ class Run:
         return _read_lines(self.path / METRICS)
 
     def environment(self) -> dict[str, Any]:
-        """Versions, machine and the cache's fingerprint, as `begin` noted them."""
-        return json.loads((self.path / ENVIRONMENT).read_text())
+        """Versions, machine and the cache's fingerprint, as `begin` noted them. RunError if the
+        file was left behind."""
+        path = self.path / ENVIRONMENT
+        if not path.exists():
+            raise RunError(f"{self.path}: expected its {ENVIRONMENT}; copy the run as a whole")
+        return json.loads(path.read_text())
 
     def cost(self) -> dict[str, Any]:
         """What cost.json says; {} before the run is finished."""

@@ -64,9 +64,10 @@ class Workers:
             _results(self._rounds.popleft())
 
     def finish(self) -> None:
-        """Wait for all that was queued."""
+        """Wait for all that was queued, also for what an interrupt kept from being noted."""
         while self._rounds:
             _results(self._rounds.popleft())
+        wait([thread.submit(int) for thread in self._threads])
 
     def _submit(
         self, function: Callable[[Item], Result], items: Sequence[Item]

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,41 @@ def test_an_interrupt_between_two_stacks_loses_no_step(
     train(config)
     for member in ("m0", "m1", "m2"):
         assert_same(tmp_path / "whole", tmp_path / "broken", member)
+
+
+def test_an_interrupt_amid_submitting_waits_for_what_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A round that was never noted must not go on changing members while they are saved."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    go, ended = threading.Event(), []
+
+    def job(item: int) -> None:
+        go.wait(10)
+        ended.append(item)
+
+    with Workers(2, torch.device("cpu")) as workers:
+        second = workers._threads[1]
+        real, calls = second.submit, itertools.count()
+
+        def submit(*arguments: Any) -> Any:
+            if next(calls) == 0:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        monkeypatch.setattr(second, "submit", submit)
+        with pytest.raises(KeyboardInterrupt):
+            workers.queue(job, [0, 1])
+        threading.Timer(0.2, go.set).start()
+        workers.finish()
+        assert ended == [0]
+
+
+def test_a_run_copied_without_its_environment_is_named(zarr_cache: Path, tmp_path: Path) -> None:
+    train(train_config(zarr_cache, tmp_path / "run", LINEAR))
+    (tmp_path / "run" / "environment.json").unlink()
+    with pytest.raises(RunError, match=r"expected its environment\.json; copy the run as a whole"):
+        Run(tmp_path / "run").load_member("m0", torch.device("cpu"))
 
 
 ENDINGS = ("_validate", "_lines", "_stopping", "_report_epoch", "_retire", "_leave")
