@@ -23,6 +23,7 @@ from pipeline.drop_path import DropPath
 from pipeline.errors import MissingTaps, SettingError
 from pipeline.metrics import Scores, Task
 from pipeline.optim import MemberAdamW, learning_rate
+from pipeline.process import undisturbed
 from pipeline.side import ALIASES, METHODS, FeatureSpec, Settings, SideNetwork
 from pipeline.workers import Workers
 
@@ -90,12 +91,13 @@ class Stack:
         loss = self._backward(batch, index)
         newly_bad = ~loss.isfinite() & (self.bad_step < 0)
         rows = self.task.known(labels).sum()
-        self.whole = False
-        self.bad_step = torch.where(newly_bad, number, self.bad_step)
-        self.loss_sum += loss * rows
-        self.rows_seen += rows
-        self.optimiser.step(self._rates[number - self._first_step], self.bad_step < 0)
-        self.whole = True
+        with undisturbed():
+            self.whole = False
+            self.bad_step = torch.where(newly_bad, number, self.bad_step)
+            self.loss_sum += loss * rows
+            self.rows_seen += rows
+            self.optimiser.step(self._rates[number - self._first_step], self.bad_step < 0)
+            self.whole = True
 
     def _backward(self, batch: Batch, index: int) -> Tensor:
         """Losses (K,) of a batch, their gradients added to the members'."""

@@ -28,6 +28,7 @@ from pipeline.errors import BackboneError, DeviceError, MissingTaps, RunError, S
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.members import Stack, make_members
+from pipeline.optim import MemberAdamW
 from pipeline.predict import predict
 from pipeline.side import METHODS
 from pipeline.train import EpochDone, MemberStopped, Start, _Pass, train
@@ -246,11 +247,43 @@ def test_an_interrupt_between_two_stacks_loses_no_step(
         assert_same(tmp_path / "whole", tmp_path / "broken", member)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_amid_an_update_waits_for_its_end(
+    zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A real signal while parameters are neither old nor new; there is no checkpoint yet."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    train(train_config(zarr_cache, tmp_path / "whole", LAST, LINEAR))
+    real, calls = MemberAdamW.step, itertools.count(1)
+
+    def step(self: MemberAdamW, *arguments: Any) -> None:
+        if next(calls) == 3:
+            os.kill(os.getpid(), number)
+        real(self, *arguments)
+
+    config = train_config(zarr_cache, tmp_path / "broken", LAST, LINEAR)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(MemberAdamW, "step", step)
+            with pytest.raises(KeyboardInterrupt):
+                train(config)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    state = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
+    assert {m["optimiser"]["steps"] for m in state["members"].values()} == {2}
+    train(config)
+    for member in ("m0", "m1"):
+        assert_same(tmp_path / "whole", tmp_path / "broken", member)
+
+
 def test_an_interrupt_amid_submitting_waits_for_what_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A round that was never noted must not go on changing members while they are saved."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of the process: others use it
     go, ended = threading.Event(), []
 
     def job(item: int) -> None:
