@@ -24,6 +24,7 @@ from cache.errors import (
     LocationError,
     NameMissing,
     NoSpace,
+    NotWritable,
     StorageOverflow,
     TapMissing,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Manifest",
     "NameMissing",
     "NoSpace",
+    "NotWritable",
     "Progress",
     "Reader",
     "Stack",

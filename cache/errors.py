@@ -9,6 +9,7 @@
     ├── IdentityMismatch     (ValueError)         written by another identity; `.differences`
     ├── CacheLocked          (RuntimeError)       another process is writing it now
     ├── NoSpace              (OSError)            the disk is too full for the job
+    ├── NotWritable          (PermissionError)    this user, or nobody, may write there
     ├── StorageOverflow      (OverflowError)      a value does not fit the storage type; `.index`
     └── NameMissing          (KeyError)           no such stack, split, target or table
         └── TapMissing                            the cache does not hold that tap
@@ -72,6 +73,10 @@ class NoSpace(CacheError, OSError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.errno = errno.ENOSPC
+
+
+class NotWritable(CacheError, PermissionError):
+    """This user, or nobody, may write at the location."""
 
 
 class StorageOverflow(CacheError, OverflowError):

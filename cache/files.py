@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import sys
 import threading
 import time
 import uuid
@@ -58,10 +59,16 @@ def read_at(path: Path, offset: int, length: int) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable; without it a rename may be lost in a power cut."""
+    """Make the names in a folder durable; without it a rename may be lost in a power cut.
+
+    Some file systems (SMB, some behind FUSE) refuse that for any folder: they are left to do it.
+    """
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)
 
@@ -176,11 +183,14 @@ def _sweep_file(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` is, or will be."""
+    """Bytes that this user may still write where `path` is, or will be.
+
+    No limit where the file system gives no size at all, as some behind FUSE do.
+    """
     for folder in (path.absolute(), *path.absolute().parents):
         if folder.exists():
             status = os.statvfs(folder)
-            return status.f_bavail * status.f_frsize
+            return status.f_bavail * status.f_frsize if status.f_blocks else sys.maxsize
     raise FileNotFoundError(f"no folder above {path} exists")
 
 

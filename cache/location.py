@@ -71,7 +71,8 @@ def lock(path: Path, *, shared: bool = False) -> int:
 
     Workers of one job share it. Raises CacheLocked when another writer has it.
     """
-    fd = os.open(path, os.O_RDONLY)
+    writable = path.is_file() and os.access(path, os.W_OK)
+    fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)  # NFS locks nothing open to read
     if files.try_lock(fd, shared=shared) is not False:
         return fd
     os.close(fd)

@@ -25,7 +25,7 @@ import xxhash
 
 from cache import files
 from cache.backend import Backend, Extent, make_document
-from cache.errors import CacheError, CacheLocked, IdentityMismatch, NoSpace
+from cache.errors import CacheError, CacheLocked, IdentityMismatch, NoSpace, NotWritable
 from cache.ledger import Error, Record, add_errors, read_record, record_bytes
 from cache.location import backend_of, create, is_there, lock, open_backend, remove
 from cache.manifest import Manifest, differences
@@ -63,6 +63,7 @@ class Writer:
         IdentityMismatch: a cache made from something else is there; names every field.
         CacheLocked: another process is writing it.
         NoSpace: what is still to be written is more than the file system has free.
+        NotWritable: the cache must be made or changed, and this user may not.
         ValueError: a table does not fit the manifest.
     """
 
@@ -81,7 +82,8 @@ class Writer:
         backend_of(location)
         path = Path(location).absolute()
         tables = check_tables(manifest, tables)
-        self._lock_fd = _create_or_lock(path, manifest, tables, overwrite, workers > 1)
+        with _disk_explained(path):
+            self._lock_fd = _create_or_lock(path, manifest, tables, overwrite, workers > 1)
         try:
             self._backend: Backend = open_backend(path)
             _refuse_differences(path, self._backend, manifest, tables)
@@ -160,6 +162,7 @@ class Writer:
                 pending.
             NameMissing: `errors` names a stack that the cache does not hold.
             NoSpace: the disk is full; what is published stays.
+            NotWritable: this user may not write there.
         """
         start = int(start)
         skipped = {int(row): reason for row, reason in (skipped or {}).items()}
@@ -168,7 +171,7 @@ class Writer:
         index, shard = self._claim(start, count, skipped)
         local = start - shard.rows.start
         try:
-            with _full_disk_explained(self.location):
+            with _disk_explained(self.location):
                 for name, values in arrays.items():
                     self._write_stack(shard, name, local, _without(values, start, skipped))
         except BaseException:
@@ -254,7 +257,7 @@ class Writer:
                 raise ValueError(f"skipped {list(skipped)}: expected rows among those written")
             shard = self._open.get(index)
             if shard is None:
-                with _full_disk_explained(self.location):
+                with _disk_explained(self.location):
                     shard = self._open[index] = self._begin(index, rows)
             claimed = shard.claimed[start - rows.start : start - rows.start + count]
             if claimed.any():
@@ -290,7 +293,7 @@ class Writer:
     def _publish(self, index: int, shard: _OpenShard) -> None:
         """Data to the disk first, then the record that vouches for them: for ours, or for those of
         a writer who was faster, whose last bits may differ."""
-        with _full_disk_explained(self.location):
+        with _disk_explained(self.location):
             for stack, (fd, extent) in shard.places.items():
                 if not self._backend.seal(stack, index, fd, extent):
                     self._vouch_for_theirs(stack, index, shard)
@@ -376,8 +379,7 @@ def _create_or_lock(
     _refuse_full_disk(path, _bytes_of(manifest, tables), 0)
     document = make_document(manifest, tables, record_bytes(manifest))
     try:
-        with _full_disk_explained(path):
-            return create(path, document, tables, shared=shared)
+        return create(path, document, tables, shared=shared)
     except FileExistsError:  # another worker was faster: use its plan
         return lock(path, shared=shared)
 
@@ -445,13 +447,20 @@ def _without(values: np.ndarray, start: int, skipped: Mapping[int, str]) -> np.n
 
 
 @contextmanager
-def _full_disk_explained(path: Path) -> Iterator[None]:
+def _disk_explained(path: Path) -> Iterator[None]:
     try:
         yield
+    except CacheError:
+        raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NoSpace(
-            f"{path}: the disk is full. Finished shards are kept: make room and run the same "
-            "command again, it continues from there"
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(
+                f"{path}: the disk is full. Finished shards are kept: make room and run the same "
+                "command again, it continues from there"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise NotWritable(
+                f"{path} cannot be written ({error}): expected a place where this user may write; "
+                "choose another --out, or change the rights"
+            ) from error
+        raise

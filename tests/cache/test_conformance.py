@@ -7,7 +7,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
@@ -18,7 +18,7 @@ import zarr
 from cache import Reader, Target, Writer, decode, files, inspect, verify
 from cache import writer as writer_module
 from cache.ledger import Record
-from cache.location import open_backend
+from cache.location import lock, open_backend
 
 
 def raw(location: Path, name: str) -> np.ndarray:
@@ -569,34 +569,48 @@ def test_workers_that_overwrite_leave_each_others_cache(location, sample):
     assert inspect(location).complete and verify(location).ok
 
 
-def test_a_worker_that_comes_late_to_overwriting(location, sample, monkeypatch):
+@pytest.mark.parametrize("other", ["writes", "has ended", "has removed the old one"])
+def test_a_worker_that_comes_late_to_overwriting(location, sample, monkeypatch, other):
     """It saw the old cache; before it can remove it, another has put the new one there."""
     sample.with_manifest(identity={"old": 1}).write(location)
     real, held = writer_module.remove, []
 
-    def late(path, unless):
+    def late(path: Path, unless: Callable[[], bool]) -> None:
         monkeypatch.setattr(writer_module, "remove", real)
-        first = Writer(location, sample.manifest, sample.tables, overwrite=True, workers=2)
-        sample.fill(first)
-        held.append(first)
+        if other == "has removed the old one":
+            real(path)
+        else:
+            first = Writer(location, sample.manifest, sample.tables, overwrite=True, workers=2)
+            sample.fill(first)
+            held.append(first)
+        if other == "has ended":
+            first.close()
         real(path, unless)
 
     monkeypatch.setattr(writer_module, "remove", late)
     options = {"overwrite": True, "worker": 1, "workers": 2}
     with Writer(location, sample.manifest, sample.tables, **options) as writer:
+        assert writer.pending == [range(4, 8)]
         sample.fill(writer)
-    held[0].close()
-    assert inspect(location).complete and verify(location).ok
+    for first in held:
+        first.close()
+    assert inspect(location).rows_done == (10 if held else 4)
+    assert verify(location).ok
 
 
 def test_leftovers_of_a_killed_creation_are_swept(location, sample):
-    for age, suffix in ((0, "young"), (3600, "old")):
+    for age, suffix in ((0, "young"), (3600, "old"), (3600, "living")):
         litter = location.with_name(f".{location.name}.{suffix}.creating")
         litter.write_bytes(b"half")
         os.utime(litter, (time.time() - age,) * 2)
+    held = lock(litter)
     sample.write(location)
+    os.close(held)
     names = {path.name for path in location.parent.iterdir()}
-    assert names == {location.name, f".{location.name}.young.creating"}
+    assert names == {
+        location.name,
+        *(f".{location.name}.{n}.creating" for n in ("young", "living")),
+    }
 
 
 def test_threads_write_rows_of_one_shard(location, samples):

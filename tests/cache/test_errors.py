@@ -1,9 +1,13 @@
 """Every refusal, and that its message says what was expected, what came, and what to do."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -21,6 +25,7 @@ from cache import (
     LocationError,
     NameMissing,
     NoSpace,
+    NotWritable,
     Reader,
     TapMissing,
     Target,
@@ -135,8 +140,20 @@ def test_second_writer_is_refused_while_the_first_lives(location, sample):
         for options in ({}, {"overwrite": True}, {"workers": 2}):
             with pytest.raises(CacheLocked, match="another process"):
                 Writer.open(location, sample.manifest, sample.tables, **options)
+        other = sample.with_manifest(identity={"other": 1})
+        with pytest.raises(CacheLocked, match="another process"):
+            Writer.open(location, other.manifest, other.tables, overwrite=True)
         sample.fill(first)
     Writer.open(location, sample.manifest, sample.tables).close()
+
+
+def test_of_two_who_create_a_cache_one_writes(location, sample, monkeypatch):
+    with Writer(location, sample.manifest, sample.tables) as first:
+        monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
+        with pytest.raises(CacheLocked, match="another process"):
+            Writer(location, sample.manifest, sample.tables)
+        sample.fill(first)
+    assert list(location.parent.iterdir()) == [location]
 
 
 def test_where_the_file_system_has_no_locks_it_goes_on(location, sample, monkeypatch):
@@ -146,6 +163,89 @@ def test_where_the_file_system_has_no_locks_it_goes_on(location, sample, monkeyp
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
     sample.write(location)
     assert Reader(location).complete
+
+
+def test_nfs_locks_only_what_is_open_to_write(tmp_path, sample, monkeypatch):
+    """It makes a lock on bytes of a `flock`, an exclusive one only where they may be written."""
+    real = fcntl.flock
+
+    def flock(fd: int, how: int) -> None:
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        if mode == (os.O_RDONLY if how & fcntl.LOCK_EX else os.O_WRONLY):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(fd, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    location = tmp_path / "a.h5"
+    with Writer(location, sample.manifest, sample.tables) as first:
+        for options in ({}, {"workers": 2}):
+            with pytest.raises(CacheLocked):
+                Writer(location, sample.manifest, sample.tables, **options)
+        sample.fill(first)
+    sample.write(tmp_path / "a.zarr")  # a folder is never open to write: it goes on without
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EIO])
+def test_where_folders_cannot_be_synchronised_it_goes_on(location, sample, monkeypatch, code):
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if code == errno.EIO:  # that is no refusal but a failure
+        with pytest.raises(OSError, match="Input/output"):
+            sample.write(location)
+    else:
+        sample.write(location)
+        assert verify(location).ok
+
+
+def test_a_file_system_without_a_size_is_not_full(location, sample, monkeypatch):
+    fields = dict.fromkeys(("f_blocks", "f_bavail", "f_frsize"), 0)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(**fields))
+    sample.write(location)
+    fields["f_blocks"] = 1
+    with pytest.raises(NoSpace, match="0 are free"):
+        Writer(location.with_stem("b"), sample.manifest, sample.tables)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_where_nobody_may_write_it_says_so(location, sample, monkeypatch, code):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code), "somewhere")
+
+    asked = r"cannot be written \(.*'somewhere'\).*choose another --out"
+    with Writer(location, sample.manifest, sample.tables) as writer:
+        monkeypatch.setattr(files, "write_all", refuse)
+        with pytest.raises(NotWritable, match=asked):
+            writer.write(0, sample.rows(0, 4))
+    monkeypatch.setattr(files, "make_folders", refuse)
+    with pytest.raises(NotWritable, match=asked):
+        Writer(location.with_stem("b"), sample.manifest, sample.tables)
+
+
+def test_a_complete_cache_may_be_read_only(location, sample, monkeypatch):
+    sample.write(location)
+    real = os.open
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def only_read(path: object, flags: int, *arguments: int, **named: int) -> int:
+        return refuse() or 0 if flags & os.O_ACCMODE else real(path, flags, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", only_read)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    for name in ("mkdir", "rmdir", "unlink", "rename", "replace", "link", "utime", "ftruncate"):
+        monkeypatch.setattr(os, name, refuse)
+    with Reader(location) as reader:
+        np.testing.assert_array_equal(reader.read(range(10)), sample.values["tokens"][:, 0])
+    assert verify(location).ok and inspect(location).complete
+    with Writer(location, sample.manifest, sample.tables, overwrite=True) as writer:
+        assert writer.pending == []
 
 
 def test_full_disk_is_refused_before_anything_is_made(location, sample, monkeypatch):
