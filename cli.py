@@ -598,7 +598,7 @@ def train(
     _settle()
     from pipeline import train as stage
     from pipeline.config import TrainConfig
-    from pipeline.members import make_members
+    from pipeline.training.members import make_members
 
     chosen = {name: values for name, values in axes.items() if values is not None}
     config = TrainConfig(
@@ -639,9 +639,9 @@ def train(
 
 def _refit(progress: Progress, out: str, seeds: list[int], overwrite: bool) -> dict[str, Any]:
     """Choose by validation, train on train + val; what `--json` shows of it."""
-    from pipeline.checkpoint import Run
     from pipeline.refit import refit as refit_winners
     from pipeline.refit import winners
+    from pipeline.runs.run import Run
 
     run = Run(out)
     winning = winners(run)
@@ -1060,7 +1060,7 @@ def models(pattern: str) -> None:
     Example:
       sidecache models '*dinov2*'
     """
-    from pipeline.backbone import list_models
+    from pipeline.backbones.timm_models import list_models
 
     for name in list_models(pattern):
         click.echo(name)
@@ -1078,7 +1078,7 @@ def demo(out: str) -> None:
       sidecache demo --out demo
     """
     _settle()
-    from pipeline import demo as tour
+    from pipeline.demo import tour
 
     folder, begin = Path(out), time.perf_counter()
     click.echo("Rendering images of two tasks that the backbone was not trained for …")

@@ -134,10 +134,10 @@ def train_members(
     import torch
 
     from cache import Reader
-    from pipeline.batches import Batches, feature_spec, labelled_rows, make_task
     from pipeline.config import Member
-    from pipeline.members import make_stacks
-    from pipeline.workers import Workers
+    from pipeline.features.operands import Batches, feature_spec, labelled_rows, make_task
+    from pipeline.training.members import make_stacks
+    from pipeline.training.workers import Workers
 
     reader = Reader(cache)
     rows = labelled_rows(reader, ["train"], ["label"])

@@ -80,11 +80,11 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     import torch
 
     from cache import Reader
-    from pipeline.backbone import load_backbone
-    from pipeline.batches import Batch, feature_spec
+    from pipeline.backbones.timm_models import load_backbone
     from pipeline.config import Member
-    from pipeline.members import make_stacks
-    from pipeline.metrics import Task
+    from pipeline.features.operands import Batch, feature_spec
+    from pipeline.tasks.metrics import Task
+    from pipeline.training.members import make_stacks
 
     with Reader(cache) as reader:
         spec = feature_spec(reader, CLASSES)

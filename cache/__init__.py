@@ -12,6 +12,7 @@ is compressed, so every row is a fixed run of bytes at a computable place in som
 and h5py only lay files out. They are loaded when a cache is created or (h5py) opened, not before.
 """
 
+from cache.describing import Inspection, inspect
 from cache.encoding import STORAGE, Storage, decode, decode_keys, encode, encode_keys
 from cache.errors import (
     CacheDamaged,
@@ -28,11 +29,10 @@ from cache.errors import (
     StorageOverflow,
     TapMissing,
 )
-from cache.inspect import Inspection, inspect
 from cache.manifest import Manifest, Stack, Target, differences
 from cache.reader import Reader
 from cache.tables import row_tables
-from cache.verify import Damage, Progress, Verification, verify
+from cache.verifying import Damage, Progress, Verification, verify
 from cache.writer import Writer
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Pretrain the demo's backbone: timm's test_vit, from scratch, on the rendered "shape" task.
 
-    python examples/pretrain_demo_backbone.py --out pipeline/demo_backbone.safetensors
+    python examples/pretrain_demo_backbone.py --out pipeline/demo/backbone.safetensors
 
 Position, orientation and colour are nuisances of that task: nothing rewards the class token for
 keeping them, and the demo then asks for two of them. Besides the class token's loss, each patch
@@ -32,7 +32,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.shapes import TASKS, mask, pictures, render
+from pipeline.demo.shapes import TASKS, mask, pictures, render
 
 MODEL = "test_vit"
 CLASSES = TASKS["shape"].classes
@@ -131,7 +131,7 @@ def save(model: nn.Module, out: Path, **facts: object) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("pipeline/demo_backbone.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("pipeline/demo/backbone.safetensors"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=8000, help="rendered once; 0.9 GB")
     parser.add_argument("--steps", type=int, default=6000)

@@ -1,8 +1,9 @@
 """pipeline: torch. One command is one module is one function of the same name.
 
-Stage one (`extract`) and live use (`evaluate` on images, `predict`) load timm through
-`pipeline.backbone`. Stage two (`train`, `evaluate` on a cache) never does: a device that only
-trains needs neither timm nor torchvision. Nothing here prints; long functions take a `report`
+Its files are the commands, its folders what lies on the way of the data. Stage one (`extract`) and
+live use (`evaluate` on images, `predict`) load timm through `pipeline.backbones.timm_models`. Stage
+two (`train`, `evaluate` on a cache) never does: a device that only trains needs neither timm nor
+torchvision. Nothing here prints; long functions take a `report`
 callback that receives typed records.
 """
 

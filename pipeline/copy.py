@@ -19,9 +19,7 @@ from torch import Tensor
 from cache import Manifest, Reader, Stack, Writer, decode_keys, encode_keys, row_tables
 from pipeline.config import CopyConfig
 from pipeline.errors import SettingError
-from pipeline.layout import gathered_stacks, overflow_error
-from pipeline.side.gather import Gather
-from pipeline.taps import (
+from pipeline.features.taps import (
     choose_gather,
     choose_taps,
     host_buffer,
@@ -30,6 +28,8 @@ from pipeline.taps import (
     store,
     total_error,
 )
+from pipeline.features.writing import gathered_stacks, overflow_error
+from pipeline.side.gather import Gather
 
 _CHUNK_BYTES = 32 * 2**20  # of the source's rows at a time
 

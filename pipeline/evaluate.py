@@ -15,23 +15,23 @@ from typing import Any
 import torch
 
 from cache import Reader
-from pipeline.batches import Batches, feature_spec, labelled_rows
-from pipeline.checkpoint import Run, TrainedMember
 from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
-from pipeline.images import Source
-from pipeline.members import score
-from pipeline.metrics import Scores
-from pipeline.sources import opener
-from pipeline.workers import Workers
+from pipeline.features.operands import Batches, feature_spec, labelled_rows
+from pipeline.runs.run import Run, TrainedMember
+from pipeline.sources.open import opener
+from pipeline.sources.source import Source
+from pipeline.tasks.metrics import Scores
+from pipeline.training.members import score
+from pipeline.training.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Scores of one member on some splits of a cache or of images (`live`).
 
-    `scores` are those of the task's kind, the one that ranks first (`pipeline.metrics`). They and
-    the loss are None where the member's outputs are not finite.
+    `scores` are those of the task's kind, the one that ranks first (`pipeline.tasks.metrics`). They
+    and the loss are None where the member's outputs are not finite.
     """
 
     run: str
@@ -167,7 +167,7 @@ def _live(
     amp: bool | None,
     report: Callable[[Evaluated], None],
 ) -> Scores:
-    from pipeline.live import go_live  # stage two must not need it
+    from pipeline.backbones.behind import go_live  # stage two must not need it
 
     task = trained.task
     source = open_images(splits=tuple(split), classes={task.name: task.classes})

@@ -31,7 +31,8 @@ from cache import (
     encode_keys,
 )
 from pipeline import __version__
-from pipeline.backbone import Backbone, load_backbone, preprocessing_dict
+from pipeline.backbones.prune import ladder_tables
+from pipeline.backbones.timm_models import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
 from pipeline.device import (
     memory_explained,
@@ -42,12 +43,11 @@ from pipeline.device import (
     without_tf32,
 )
 from pipeline.errors import ImageError, SettingError
-from pipeline.images import Labels, Source, is_deep_grey, source_digests
-from pipeline.layout import Layout, TokenBuffer, plan_layout
-from pipeline.loader import ImageBatch, image_batches
-from pipeline.prune import ladder_tables
+from pipeline.features.writing import Layout, TokenBuffer, plan_layout
 from pipeline.side.ladder import keep_layers
-from pipeline.sources import open_source
+from pipeline.sources.decoding import ImageBatch, image_batches
+from pipeline.sources.open import open_source
+from pipeline.sources.source import Labels, Source, is_deep_grey, source_digests
 
 WRITERS = 2  # threads that write, each from a buffer of its own; one more is being filled
 

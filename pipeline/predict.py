@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.checkpoint import Run, TrainedMember
+from pipeline.backbones.behind import go_live
 from pipeline.device import pick_device
-from pipeline.images import FileSource, Row, photos
-from pipeline.live import go_live
+from pipeline.runs.run import Run, TrainedMember
+from pipeline.sources.source import FileSource, Row, photos
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import REFIT, Run, position_of, score_of
 from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError, SettingError
+from pipeline.runs.run import REFIT, Run, position_of, score_of
 from pipeline.train import Report, TrainResult, train
 
 

@@ -19,13 +19,10 @@ from typing import Any
 import jinja2
 
 from cache import CacheError
-from pipeline.checkpoint import PAGE, SUMMARY, member_id
 from pipeline.config import Member, TrainConfig
 from pipeline.device import pick_device
 from pipeline.errors import PipelineError, RunError
-from pipeline.folder import replace_text
-from pipeline.images import Source
-from pipeline.leaderboard import (
+from pipeline.pages.leaderboard import (
     TITLES,
     Loaded,
     Trained,
@@ -36,9 +33,12 @@ from pipeline.leaderboard import (
     score_text,
     spaced,
 )
-from pipeline.metrics import SCORES
-from pipeline.mistakes import add_thumbnails, examine
-from pipeline.sources import opener
+from pipeline.pages.mistakes import add_thumbnails, examine
+from pipeline.runs.folder import replace_text
+from pipeline.runs.run import PAGE, SUMMARY, member_id
+from pipeline.sources.open import opener
+from pipeline.sources.source import Source
+from pipeline.tasks.metrics import SCORES
 
 PAGES = Path(__file__).parent / "pages"
 OF_THE_PASS = ("taps", "train_split", "val_split", "batch_size", "order_seed", "resident", "device")

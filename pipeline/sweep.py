@@ -26,8 +26,13 @@ import torch
 import yaml
 
 from cache import Reader
-from pipeline.batches import feature_spec, initial_weights, labelled_rows
-from pipeline.checkpoint import (
+from pipeline.config import Member, PassConfig, TrainConfig, require
+from pipeline.device import pick_device, pick_precision, precision_name
+from pipeline.errors import MissingTaps, RunError, SettingError
+from pipeline.features.operands import feature_spec, initial_weights, labelled_rows
+from pipeline.runs.events import FOLDER as EVENTS
+from pipeline.runs.folder import copy_tree, other_names, replace_text
+from pipeline.runs.run import (
     CHECKPOINT,
     ENVIRONMENT,
     MEMBERS,
@@ -43,25 +48,21 @@ from pipeline.checkpoint import (
     precision_differs,
     score_of,
 )
-from pipeline.config import Member, PassConfig, TrainConfig, require
-from pipeline.device import pick_device, pick_precision, precision_name
-from pipeline.errors import MissingTaps, RunError, SettingError
-from pipeline.folder import copy_tree, other_names, replace_text
-from pipeline.members import make_stacks
-from pipeline.metrics import Task
-from pipeline.proposals import SAMPLERS, Proposals, TrialDone, open_proposals
-from pipeline.space import Space, read_space
-from pipeline.tensorboard import FOLDER as EVENTS
+from pipeline.search.proposals import SAMPLERS, Proposals, TrialDone, open_proposals
+from pipeline.search.space import Space, read_space
+from pipeline.tasks.metrics import Task
 from pipeline.train import MemberStopped, train
+from pipeline.training.members import make_stacks
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(PassConfig):
     """What to search, how, and the pass that all rounds share (as in TrainConfig).
 
-    `space` is a YAML file (see `pipeline.space`). `trials` counts proposals, those that cannot be
-    trained too; None is the whole grid. `at_once` members train in one pass. `sampler_seed`
-    decides the proposals. With `halving`, members that lag behind at a rung are stopped there.
+    `space` is a YAML file (see `pipeline.search.space`). `trials` counts proposals, those that
+    cannot be trained too; None is the whole grid. `at_once` members train in one pass.
+    `sampler_seed` decides the proposals. With `halving`, members that lag behind at a rung are
+    stopped there.
     """
 
     space: str

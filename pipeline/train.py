@@ -16,25 +16,6 @@ import torch
 
 from cache import Reader
 from pipeline import __version__
-from pipeline.batches import (
-    Batch,
-    Batches,
-    LabelledRows,
-    choose_resident,
-    feature_spec,
-    initial_weights,
-    labelled_rows,
-    make_task,
-)
-from pipeline.checkpoint import (
-    CARD_VERSION,
-    CHECKPOINT,
-    Run,
-    environment,
-    member_id,
-    number_of,
-    position_of,
-)
 from pipeline.config import Member, TrainConfig
 from pipeline.device import (
     memory_explained,
@@ -45,11 +26,30 @@ from pipeline.device import (
     without_tf32,
 )
 from pipeline.errors import RunError
-from pipeline.members import Stack, make_stacks, method_settings, score, step_bytes
-from pipeline.metrics import SCORES, Scores, Task, finite, rank
-from pipeline.optim import learning_rate
-from pipeline.tensorboard import Events
-from pipeline.workers import Workers
+from pipeline.features.operands import (
+    Batch,
+    Batches,
+    LabelledRows,
+    choose_resident,
+    feature_spec,
+    initial_weights,
+    labelled_rows,
+    make_task,
+)
+from pipeline.runs.events import Events
+from pipeline.runs.run import (
+    CARD_VERSION,
+    CHECKPOINT,
+    Run,
+    environment,
+    member_id,
+    number_of,
+    position_of,
+)
+from pipeline.tasks.metrics import SCORES, Scores, Task, finite, rank
+from pipeline.training.members import Stack, make_stacks, method_settings, score, step_bytes
+from pipeline.training.optim import learning_rate
+from pipeline.training.workers import Workers
 
 CHECKPOINT_SECONDS = 30.0  # at least this long between checkpoints,
 CHECKPOINT_SHARE = 0.05  # and no more than this share of the time spent on writing them

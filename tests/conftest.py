@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import device, live
-from pipeline.backbone import Backbone
+from pipeline import device
+from pipeline.backbones import behind
+from pipeline.backbones.timm_models import Backbone
 from pipeline.config import ExtractConfig, Member, TrainConfig
 from pipeline.extract import extract
 from pipeline.side import FeatureSpec, TokenShape
 
-VIT_BLOCK: dict[str, Any] = {  # a plain pre-norm block, as `pipeline.blocks` describes it
+VIT_BLOCK: dict[str, Any] = {  # a plain pre-norm block, as `pipeline.backbones.blocks` describes it
     "kind": "vit", "dim": 768, "heads": 12, "head_dim": 64, "qkv_bias": True, "proj_bias": True,
     "ff": "mlp", "hidden": 3072, "act": "gelu", "fc1_bias": True, "fc2_bias": True,
     "norm": {"kind": "layer", "eps": 1e-6, "bias": True}, "qk_norm": None, "layer_scale": False,
@@ -145,12 +146,12 @@ def train_config(cache: Path, out: Path, *members: Member, **changes: object) ->
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """A member goes live with the random weights that its cache was extracted with."""
-    real = live.load_backbone
+    real = behind.load_backbone
 
     def load(name: str, **arguments: Any) -> Backbone:
         return real(name, **{**arguments, "pretrained": False})
 
-    monkeypatch.setattr(live, "load_backbone", load)
+    monkeypatch.setattr(behind, "load_backbone", load)
 
 
 @pytest.fixture

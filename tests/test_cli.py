@@ -20,9 +20,9 @@ from test_house import sources
 
 from cli import main
 from pipeline import __version__
-from pipeline.demo import WEIGHTS
+from pipeline.demo.tour import WEIGHTS
 from pipeline.errors import SourceError
-from pipeline.timm_datasets import TimmOptions
+from pipeline.sources.timm_sets import TimmOptions
 
 SMALL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32", "-j", "0", "--device", "cpu"]
 
@@ -101,7 +101,7 @@ def test_what_is_said_of_a_timm_data_set_reaches_timm(
         asked.append((name, splits, options))
         raise SourceError("enough")
 
-    monkeypatch.setattr("pipeline.timm_datasets.open_timm", refuse)
+    monkeypatch.setattr("pipeline.sources.timm_sets.open_timm", refuse)
     out = tmp_path / "run"
     run("train", zarr_cache, "--method", "linear", "--epochs", 1, "--warmup-epochs", 0,
         "--lr", "1e-9", "--device", "cpu", "--out", out)  # fmt: skip

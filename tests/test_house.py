@@ -1,13 +1,13 @@
 """The structure that the project promises: who may import whom, and what is never loaded.
 
-Levels, top first; a module may import its own package's siblings only downwards:
-
-    cli → commands → shared parts of the pipeline → its foundations → cache
+The folders say it: imports point down `ROOMS`. Within a room files import each other without a
+circle; the files of `pipeline/` itself are the commands and, at the bottom, its foundations.
 """
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,78 +16,37 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEVELS = [
-    {"cli"},
-    {"pipeline.demo"},
-    {
-        "pipeline.extract",
-        "pipeline.copy",
-        "pipeline.evaluate",
-        "pipeline.predict",
-        "pipeline.refit",
-        "pipeline.report",
-        "pipeline.sweep",
-    },
-    {"pipeline.train", "pipeline.proposals"},
-    {
-        "pipeline.live",
-        "pipeline.sources",
-        "pipeline.layout",
-        "pipeline.space",
-        "pipeline.mistakes",
-        "pipeline.leaderboard",
-    },
-    {"pipeline.members", "pipeline.checkpoint", "pipeline.loader"},
-    {"pipeline.batches", "pipeline.backbone", "pipeline.timm_datasets", "pipeline.optim"},
-    {"pipeline.taps", "pipeline.prune", "pipeline.blocks", "pipeline.weights"},
-    {"pipeline.images", "pipeline.side"},
-    {
-        "pipeline.config",
-        "pipeline.metrics",
-        "pipeline.device",
-        "pipeline.folder",
-        "pipeline.shapes",
-        "pipeline.drop_path",
-        "pipeline.memory",
-        "pipeline.process",
-        "pipeline.tensorboard",
-        "pipeline.workers",
-    },
-    {"pipeline.errors"},
-    {"cache"},
-    {"cache.inspect", "cache.verify"},
-    {"cache.writer", "cache.reader"},
-    {"cache.ledger", "cache.location", "cache.tables"},
-    {"cache.zarr_backend", "cache.hdf5_backend"},
-    {"cache.backend"},
-    {"cache.manifest", "cache.files"},
-    {"cache.encoding"},
-    {"cache.errors"},
+FOUNDATIONS = ["pipeline.process", "pipeline.device", "pipeline.config", "pipeline.errors"]
+ROOMS = [
+    "cli",
+    "pipeline",  # the commands: every file of this folder that is not a foundation
+    "pipeline.demo",
+    "pipeline.pages",
+    "pipeline.search",
+    "pipeline.training",
+    "pipeline.features",
+    "pipeline.backbones",
+    "pipeline.runs",
+    "pipeline.sources",
+    "pipeline.tasks",
+    "pipeline.side",
+    *FOUNDATIONS,
+    "cache",
 ]
 ONLY_IN = {  # package → the files that may import it
-    "timm": {"pipeline.backbone", "pipeline.timm_datasets"},
-    "torchvision": {"pipeline.timm_datasets"},
+    "timm": {"pipeline.backbones.timm_models", "pipeline.sources.timm_sets"},
+    "torchvision": {"pipeline.sources.timm_sets"},
     "zarr": {"cache.zarr_backend"},
     "h5py": {"cache.hdf5_backend"},
     "click": {"cli"},
     "rich": {"cli"},
-    "psutil": {"pipeline.memory"},
+    "psutil": {"pipeline.features.memory"},
     "jinja2": {"pipeline.report"},
-    "yaml": {"pipeline.config", "pipeline.checkpoint", "pipeline.space", "pipeline.sweep"},
-    "optuna": {"pipeline.proposals"},
+    "yaml": {"pipeline.config", "pipeline.runs.run", "pipeline.search.space", "pipeline.sweep"},
+    "optuna": {"pipeline.search.proposals"},
 }
-PLAIN_FILES = {"cache.files": {"pipeline.folder"}}  # it knows no cache, nor does who imports it
-READERS_OF_CACHE = (
-    {"cli"}
-    | LEVELS[2]
-    | {
-        "pipeline.train",
-        "pipeline.batches",
-        "pipeline.layout",
-        "pipeline.mistakes",
-        "pipeline.leaderboard",
-    }
-)
+READERS_OF_CACHE = {"cli", "pipeline", "pipeline.features", "pipeline.pages"}  # rooms
+PLAIN_FILES = {"pipeline.runs.folder": "cache.files"}  # it knows no cache, nor does who imports it
 
 
 def name_of(path: Path) -> str:
@@ -109,45 +68,54 @@ def imports(text: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def level(module: str) -> int | None:
-    """The module's own level, or that of the package it lies in."""
-    while module:
-        for number, members in enumerate(LEVELS):
-            if module in members:
-                return number
-        module = module.rpartition(".")[0]
-    return None
+def room(module: str) -> str:
+    """Where a module lies; raises ValueError for a folder that ROOMS does not list."""
+    named = max((r for r in ROOMS if f"{module}.".startswith(f"{r}.")), key=len, default="")
+    if not named or (named == "pipeline" and module.count(".") > 1):
+        raise ValueError(module)
+    return named
 
 
 def violations(modules: dict[str, str]) -> list[str]:
     found = []
+    arrows: dict[str, set[str]] = {module: set() for module in modules}
     for module, text in modules.items():
-        own = level(module)
-        if own is None and module != "pipeline":
-            found.append(f"{module} has no level; give it one in LEVELS")
+        try:
+            own = ROOMS.index(room(module))
+        except ValueError:
+            found.append(f"{module} lies in no room; give its folder a place in ROOMS")
+            continue
+        if module in ("cache", "pipeline"):
+            continue
         for imported in imports(text):
-            other = level(imported)
             package = imported.partition(".")[0]
             if package in ONLY_IN and module not in ONLY_IN[package]:
                 found.append(f"{module} imports {package}, which belongs to {ONLY_IN[package]}")
-            if any(imported.startswith(name) for name, who in PLAIN_FILES.items() if module in who):
+            if package not in ("cli", "pipeline", "cache"):
                 continue
-            if package == "cache" and package != module.partition(".")[0]:
-                if module not in READERS_OF_CACHE:
-                    found.append(f"{module} reads the cache, which is not its business")
-                if imported.count(".") == 1 and imported in sources() and module != "cli":
-                    found.append(f"{module} imports {imported}; cache's names come from cache")
-            if module.startswith("pipeline.side") and package in ("cache", "pipeline"):
-                if not imported.startswith("pipeline.side"):
-                    found.append(f"{module} imports {imported}; side networks see torch only")
-                continue
-            if module in ("cache", "pipeline"):
-                continue
-            above = other is not None and own is not None and other < own
-            upward = above and imported != "cache"  # `from cache import files` names cache.files
-            if upward:
-                found.append(f"{module} imports {imported}, which lies above it")
+            if imported in modules and imported != package:
+                arrows[module].add(imported)
+            found += complaints(module, own, imported, modules)
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        found.append(f"a circle: {' → '.join(error.args[1])}")
     return found
+
+
+def complaints(module: str, own: int, imported: str, modules: dict[str, str]) -> Iterator[str]:
+    package = imported.partition(".")[0]
+    if package == "cache" and not module.startswith("cache"):
+        if imported.startswith(PLAIN_FILES.get(module, "none")):
+            return
+        if ROOMS[own] not in READERS_OF_CACHE:
+            yield f"{module} reads the cache, which is not its business"
+        if imported in modules and imported != "cache":
+            yield f"{module} imports {imported}; cache's names come from cache"
+    elif ROOMS[own] == "pipeline.side" and room(imported) != "pipeline.side":
+        yield f"{module} imports {imported}; side networks see torch only"
+    elif imported in modules and imported != "pipeline" and ROOMS.index(room(imported)) < own:
+        yield f"{module} imports {imported}, which lies above it"
 
 
 def test_imports_point_down_only() -> None:
@@ -158,14 +126,16 @@ def test_imports_point_down_only() -> None:
     ("module", "line", "complaint"),
     [
         ("cache.reader", "import torch, timm", "imports timm"),
-        ("cache.manifest", "from cache.writer import Writer", "lies above it"),
-        ("pipeline.taps", "from pipeline.train import train", "lies above it"),
+        ("cache.manifest", "from cache.writer import Writer", "a circle"),
+        ("pipeline.features.taps", "from pipeline.train import train", "lies above it"),
         ("pipeline.side.last", "from pipeline.config import Member", "side networks see torch"),
-        ("pipeline.optim", "from cache import Reader", "not its business"),
-        ("pipeline.folder", "from cache import Reader", "not its business"),
-        ("pipeline.checkpoint", "from cache.files import try_lock", "not its business"),
+        ("pipeline.training.optim", "from cache import Reader", "not its business"),
+        ("pipeline.runs.folder", "from cache import Reader", "not its business"),
+        ("pipeline.runs.run", "from cache.files import try_lock", "not its business"),
         ("pipeline.train", "import h5py", "belongs to"),
-        ("pipeline.utils", "", "has no level"),
+        ("pipeline.train", "from cache.reader import Reader", "names come from cache"),
+        ("pipeline.errors", "from pipeline.device import pick_device", "lies above it"),
+        ("pipeline.utils.things", "", "lies in no room"),
     ],
 )
 def test_the_test_can_fail(module: str, line: str, complaint: str) -> None:

@@ -23,7 +23,8 @@ from PIL import Image
 
 from cache import Target
 from pipeline.errors import ImageError, PipelineError, SettingError, SourceError
-from pipeline.images import (
+from pipeline.sources.open import open_source
+from pipeline.sources.source import (
     FileSource,
     Row,
     Source,
@@ -34,7 +35,6 @@ from pipeline.images import (
     photos,
     source_digests,
 )
-from pipeline.sources import open_source
 
 
 def encoded(value: int = 0, kind: str = "PNG", mode: str = "RGB", size: int = 8) -> bytes:
@@ -473,7 +473,7 @@ def test_what_is_no_source(tmp_path: Path) -> None:
 
 
 def test_images_need_neither_torch_nor_timm() -> None:
-    code = "import sys, pipeline.sources; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
+    code = "import sys, pipeline.sources.open; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
@@ -1051,7 +1051,7 @@ def test_hugging_face_rows_that_are_broken(tmp_path: Path, prefix: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_tensorflow_data_sets(tmp_path: Path) -> None:
-    import pipeline.timm_datasets  # noqa: F401  (triton aborts the process if tensorflow came first)
+    import pipeline.sources.timm_sets  # noqa: F401  (triton aborts the process if tensorflow came first)
 
     pytest.importorskip("tensorflow")
     tfds = pytest.importorskip("tensorflow_datasets")
@@ -1086,7 +1086,7 @@ def test_tensorflow_data_sets(tmp_path: Path) -> None:
 
 
 def test_a_spool_outlives_its_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.timm_datasets import Spool, _remove
+    from pipeline.sources.timm_sets import Spool, _remove
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     spool = Spool()

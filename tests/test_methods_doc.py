@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Member
-from pipeline.members import make_members
 from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
 from pipeline.side.ladder import LSTSettings
 from pipeline.side.last import LASTSettings
 from pipeline.side.miet import MIETSettings
+from pipeline.training.members import make_members
 
 pytestmark = pytest.mark.numerics
 

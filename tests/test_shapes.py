@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline import shapes
-from pipeline.shapes import TASKS, Picture, mask, pictures, render, write_task
+from pipeline.demo import shapes
+from pipeline.demo.shapes import TASKS, Picture, mask, pictures, render, write_task
 
-WEIGHTS = Path(shapes.__file__).with_name("demo_backbone.safetensors")
+WEIGHTS = Path(shapes.__file__).with_name("backbone.safetensors")
 tasks = pytest.mark.parametrize("task", TASKS)
 
 

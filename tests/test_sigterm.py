@@ -15,8 +15,8 @@ import torch
 from conftest import paint
 
 from cache import Reader
-from pipeline.checkpoint import Run
 from pipeline.process import Sigterm
+from pipeline.runs.run import Run
 
 ROOT = Path(__file__).parent.parent
 KEPT = "sidecache: terminated; what was finished is kept, the same command goes on from there\n"

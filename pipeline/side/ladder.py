@@ -14,10 +14,10 @@ alpha → `gate`, 0 at the start; SideBlock_i → `blocks` (`ladder_blocks.py`).
 What is whose. [code]: the recursion (the gate multiplies the side state, the mix comes before the
 block, a dropped layer loses its ladder, gate and block together); SideBlock as the backbone's own
 block at 1/r of the width, of the feed-forward width and of each head's width, with as many heads;
-biased Down and Up; the side norm; initial weights by pruning (`pipeline/prune.py`); layers numbered
-from 0. [ours]: pool, frozen norm and trained head (T5 goes on to its own language head); pool
-before Up, which is exact; random weights start at 1 / sqrt(inputs) throughout, as in T5's own
-blocks (its Down and Up start at 0.01); layer scale starts at 1; no dropout, but drop-path.
+biased Down and Up; the side norm; initial weights by pruning (`pipeline/backbones/prune.py`);
+layers numbered from 0. [ours]: pool, frozen norm and trained head (T5 goes on to its own language
+head); pool before Up, which is exact; random weights start at 1 / sqrt(inputs) throughout, as in
+T5's own blocks (its Down and Up start at 0.01); layer scale starts at 1; no dropout, but drop-path.
 
 Hierarchical backbones, all [ours]: where grid and width change, f x f patches of s are laid side by
 side and mapped to the new width, f being the ratio of the grids (Swin's merging without its norm;

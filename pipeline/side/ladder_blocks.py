@@ -1,9 +1,9 @@
 """Side blocks of a ladder: the backbone's own kinds of block at 1/r of the width, K at a time.
 
-Made from a block's description (`pipeline/blocks.py`), they know nothing of ladders and gates. Each
-equals timm's block of that width with the same weights (tests, in float64): pre-norm ViT blocks
-with or without layer scale, qk-norm and biases, GELU or SwiGLU; Swin's shifted windows; ConvNeXt's
-depthwise convolutions.
+Made from a block's description (`pipeline/backbones/blocks.py`), they know nothing of ladders and
+gates. Each equals timm's block of that width with the same weights (tests, in float64): pre-norm
+ViT blocks with or without layer scale, qk-norm and biases, GELU or SwiGLU; Swin's shifted windows;
+ConvNeXt's depthwise convolutions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional
 from pipeline.side.contract import member_parameter, zero_parameter
 from pipeline.side.layers import ConstantProduct, fused_attention
 
-Block = Mapping[str, Any]  # one description of `pipeline.blocks.describe`
+Block = Mapping[str, Any]  # one description of `pipeline.backbones.blocks.describe`
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -84,7 +84,7 @@ class SideBlock(nn.Module):
     """What the three kinds share: the feed-forward part, layer scale, the residual sum.
 
     `forward` takes a state (K, B, T, d) and `keep` (K, sites, B) or None. Parameters bear the
-    names that `pipeline.blocks.matrices` gives to the backbone's.
+    names that `pipeline.backbones.blocks.matrices` gives to the backbone's.
     """
 
     sites = 2

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.backbone import Backbone, load_backbone
+from pipeline.backbones.timm_models import Backbone, load_backbone
 from pipeline.errors import BackboneError, SettingError
+from pipeline.features.taps import parse_taps
 from pipeline.side import FeatureSpec, TokenShape
 from pipeline.side.layers import FrozenNorm, pool_tokens
-from pipeline.taps import parse_taps
 
 pytestmark = pytest.mark.numerics
 

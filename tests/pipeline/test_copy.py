@@ -28,8 +28,8 @@ from pipeline.copy import copy
 from pipeline.errors import MissingTaps, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.sources import open_source
-from pipeline.taps import store
+from pipeline.features.taps import store
+from pipeline.sources.open import open_source
 from pipeline.train import train
 
 MIET = Member(method="miet", epochs=4, warmup_epochs=1, settings={"rank": 4})

@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 from conftest import train_config
 
 import cli
-from pipeline.checkpoint import Run
 from pipeline.config import Member
 from pipeline.evaluate import evaluate, mean_and_deviation
 from pipeline.report import report
+from pipeline.runs.run import Run
 from pipeline.train import train
 
 TASKS = ("colour", "marks", "warmth")  # a class, classes at once, a number
@@ -135,7 +135,7 @@ def test_what_a_sweep_prints_and_writes(tasks_cache: Path, tmp_path: Path) -> No
 
 def test_a_page_refuses_what_is_no_json(diverged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that nothing but a number or null can come into it, from wherever it may come."""
-    monkeypatch.setattr("pipeline.leaderboard.loss_of", lambda _: float("nan"))
+    monkeypatch.setattr("pipeline.pages.leaderboard.loss_of", lambda _: float("nan"))
     with pytest.raises(ValueError, match="not JSON compliant"):
         report([diverged], device="cpu")
 

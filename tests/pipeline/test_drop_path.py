@@ -6,7 +6,7 @@ import pytest
 import torch
 from pretend_gpu import PretendGPU
 
-from pipeline.drop_path import DropPath
+from pipeline.training.drop_path import DropPath
 
 pytestmark = pytest.mark.numerics
 
@@ -21,7 +21,7 @@ def dropped(drop_path: DropPath, steps: int, sites: int = 12, rows: int = 64) ->
 
 def test_the_reference_of_the_hash() -> None:
     """SplitMix64's first outputs from seed 1234567, as its authors' C code gives them."""
-    from pipeline.drop_path import _GAMMA, _mixed, _signed
+    from pipeline.training.drop_path import _GAMMA, _mixed, _signed
 
     states = torch.tensor([_signed(1234567 + i * _GAMMA) for i in range(1, 6)])
     unsigned = [value % 2**64 for value in _mixed(states).tolist()]

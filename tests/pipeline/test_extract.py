@@ -25,11 +25,11 @@ from PIL import Image
 import cli
 from cache import CacheIncomplete, IdentityMismatch, Reader, StorageOverflow, decode, verify
 from pipeline import extract as stage
-from pipeline.backbone import Preprocessing, load_backbone
+from pipeline.backbones.timm_models import Preprocessing, load_backbone
 from pipeline.errors import ImageError, SettingError
 from pipeline.extract import Skipped, extract
-from pipeline.loader import image_batches
-from pipeline.sources import open_source
+from pipeline.sources.decoding import image_batches
+from pipeline.sources.open import open_source
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ import torch
 from conftest import extract_config, train_config
 
 from cache import Reader, decode, verify
-from pipeline.checkpoint import Run
 from pipeline.config import Member
 from pipeline.extract import extract
+from pipeline.runs.run import Run
 from pipeline.train import Start, train
 
 pytestmark = [

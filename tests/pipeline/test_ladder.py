@@ -24,7 +24,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.blocks import describe, matrices
+from pipeline.backbones.blocks import describe, matrices
 from pipeline.side import FeatureSpec, TokenShape
 from pipeline.side.ladder import LST, LSTSettings, keep_layers
 from pipeline.side.ladder_blocks import KINDS, LeanAttention, SideBlock

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from pipeline import memory
-from pipeline.batches import choose_resident
 from pipeline.errors import SettingError
+from pipeline.features import memory
+from pipeline.features.operands import choose_resident
 
 GB = 10**9
 

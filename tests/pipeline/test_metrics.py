@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pipeline.metrics import Task, average_precision, mean_average_precision, rank
-from pipeline.proposals import TrialDone
+from pipeline.search.proposals import TrialDone
+from pipeline.tasks.metrics import Task, average_precision, mean_average_precision, rank
 
 pytestmark = pytest.mark.numerics
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Member
-from pipeline.optim import MemberAdamW, learning_rate
+from pipeline.training.optim import MemberAdamW, learning_rate
 
 pytestmark = pytest.mark.numerics
 

@@ -17,16 +17,16 @@ from conftest import extract_config, train_config
 from pretend_gpu import OnGPU, PretendGPU
 
 from cache import Reader, decode, verify
-from pipeline import batches, layout
 from pipeline import train as stage
-from pipeline.batches import choose_resident
-from pipeline.checkpoint import Run
 from pipeline.config import Member
 from pipeline.device import pick_device, pick_precision
 from pipeline.errors import DeviceError, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
+from pipeline.features import operands, writing
+from pipeline.features.operands import choose_resident
 from pipeline.predict import predict
+from pipeline.runs.run import Run
 from pipeline.side.layers import fused_attention
 from pipeline.train import EpochDone, Start, train
 
@@ -189,7 +189,7 @@ def test_validation_waits_at_its_end_alone(
 ) -> None:
     waits = []
     for size in (1, 6):
-        monkeypatch.setattr("pipeline.members.EVAL_BATCH", size)
+        monkeypatch.setattr("pipeline.training.members.EVAL_BATCH", size)
         with PretendGPU() as gpu:
             train(train_config(zarr_cache, tmp_path / str(size), LAST, LINEAR, device="cuda"))
         waits.append(gpu.blocking)
@@ -201,8 +201,8 @@ def without_number(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_events(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(batches, "record_event", lambda _: None)
-    patch.setattr(batches, "_CHUNK_BYTES", 1)  # loading, too, then uses its buffers again
+    patch.setattr(operands, "record_event", lambda _: None)
+    patch.setattr(operands, "_CHUNK_BYTES", 1)  # loading, too, then uses its buffers again
 
 
 def with_events_of_another_gpu(patch: pytest.MonkeyPatch) -> None:
@@ -211,13 +211,13 @@ def with_events_of_another_gpu(patch: pytest.MonkeyPatch) -> None:
         event.record()
         return event
 
-    patch.setattr(batches, "record_event", record)
+    patch.setattr(operands, "record_event", record)
 
 
 def with_an_index_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
-    real = batches.Batches._select
+    real = operands.Batches._select
     patch.setattr(
-        batches.Batches, "_select", lambda self, room, place, _: real(self, room, place, place)
+        operands.Batches, "_select", lambda self, room, place, _: real(self, room, place, place)
     )
 
 
@@ -272,7 +272,7 @@ def test_the_pretended_gpu_counts_a_wait_at_every_step(
 def test_a_writer_that_does_not_wait_is_found(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "record_event", lambda _: None)
+    monkeypatch.setattr(writing, "record_event", lambda _: None)
     with PretendGPU(), pytest.raises(Exception, match="NaN or infinity"):
         extract(extract_config(images, tmp_path / "c.zarr", device="cuda"))
 

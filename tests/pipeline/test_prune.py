@@ -13,8 +13,8 @@ from timm.layers import SwiGLU, SwiGLUPacked
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.blocks import describe, matrices
-from pipeline.prune import Importance, fisher, fit_probe, ladder_tables, magnitude, prune
+from pipeline.backbones.blocks import describe, matrices
+from pipeline.backbones.prune import Importance, fisher, fit_probe, ladder_tables, magnitude, prune
 from pipeline.side import FeatureSpec, TokenShape
 from pipeline.side.ladder import LST, LSTSettings
 

@@ -23,15 +23,15 @@ from conftest import extract_config, paint, train_config
 import cli
 import pipeline.train as stage
 from cache import Reader
-from pipeline.checkpoint import Run
 from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError, SourceError
 from pipeline.extract import extract
-from pipeline.members import method_settings
-from pipeline.mistakes import confusion, deviations, precision_by_class
+from pipeline.pages.mistakes import confusion, deviations, precision_by_class
 from pipeline.report import Written, command_of, report
+from pipeline.runs.run import Run
 from pipeline.side import METHODS
 from pipeline.train import train
+from pipeline.training.members import method_settings
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 EPOCHS = 3

@@ -22,15 +22,16 @@ from click.testing import CliRunner
 from conftest import train_config
 
 import cli
-from pipeline import checkpoint, folder
 from pipeline import train as stage
-from pipeline.checkpoint import Run
 from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError
 from pipeline.evaluate import evaluate
-from pipeline.folder import append_text, hold, other_names, replace_text, sweep_litter
 from pipeline.refit import refit, winners
 from pipeline.report import report
+from pipeline.runs import folder
+from pipeline.runs import run as run_module
+from pipeline.runs.folder import append_text, hold, other_names, replace_text, sweep_litter
+from pipeline.runs.run import Run
 from pipeline.sweep import RoundStarted, SweepConfig, sweep
 from pipeline.train import EpochDone, train
 
@@ -177,7 +178,7 @@ def test_a_killed_beginning_is_begun_again(
     zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before, between and after the two documents; of a fresh folder or an overwritten."""
-    real = checkpoint.replace_text
+    real = run_module.replace_text
     for overwritten in (False, True):
         for killed_at in range(5):
             out = tmp_path / f"run{killed_at}{overwritten}"
@@ -197,7 +198,7 @@ def test_a_killed_beginning_is_begun_again(
                 real(path, text)
 
             with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-                patch.setattr(checkpoint, "replace_text", killed)
+                patch.setattr(run_module, "replace_text", killed)
                 train(config)
             assert train(config).members
             assert Run(out).config().batch_size == config.batch_size
@@ -495,7 +496,7 @@ def test_members_are_evaluated_in_the_precision_they_learned_in(
     train(train_config(zarr_cache, out, LINEAR, amp=True))
     on_a_machine(monkeypatch, bfloat16=False)
     used: list[torch.dtype] = []
-    for name in ("evaluate", "mistakes"):
+    for name in ("evaluate", "pages.mistakes"):
         module = sys.modules[f"pipeline.{name}"]
         real = module.Batches  # type: ignore[attr-defined]
 
@@ -510,7 +511,7 @@ def test_members_are_evaluated_in_the_precision_they_learned_in(
         assert used == [expected] * 2
         used.clear()
 
-    from pipeline import live
+    from pipeline.backbones import behind
 
     for amp, precisions in (
         (None, (torch.float32, torch.bfloat16)),  # the cache's, the member's
@@ -518,7 +519,7 @@ def test_members_are_evaluated_in_the_precision_they_learned_in(
         (False, (torch.float32, torch.float32)),
     ):
         member = Run(out).load_member("m0", torch.device("cpu"))
-        one = live.go_live(member, weights=None, device=torch.device("cpu"), amp=amp)
+        one = behind.go_live(member, weights=None, device=torch.device("cpu"), amp=amp)
         assert (one.backbone_precision, one.member_precision) == precisions
     operands = type(member.network).operands
 

@@ -11,7 +11,7 @@ from conftest import extract_config, train_config
 from torch import Tensor
 
 from cache import Reader, verify
-from pipeline.backbone import load_backbone
+from pipeline.backbones.timm_models import load_backbone
 from pipeline.config import Member
 from pipeline.errors import SettingError
 from pipeline.evaluate import evaluate
@@ -72,7 +72,7 @@ def test_final_norm_is_the_one_behind_the_pool() -> None:
         images = torch.randn(2, 3, 32, 32)
         expected = model(images)
         pooled = model.forward_features(images).mean(dim=(2, 3))
-        from pipeline.backbone import _final_norm
+        from pipeline.backbones.timm_models import _final_norm
 
         norm = _final_norm(model, CONVNEXT)
         normed = torch.nn.functional.layer_norm(

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from cache import NameMissing
-from pipeline.checkpoint import Run
 from pipeline.errors import DeviceError, RunError, SettingError
 from pipeline.evaluate import evaluate
-from pipeline.proposals import REDUCTION
-from pipeline.space import Chosen, Range, Space, read_space
+from pipeline.runs.run import Run
+from pipeline.search.proposals import REDUCTION
+from pipeline.search.space import Chosen, Range, Space, read_space
 from pipeline.sweep import (
     RoundStarted,
     SweepConfig,

@@ -13,13 +13,13 @@ import pytest
 from conftest import extract_config, paint, train_config
 
 from cache import NameMissing, Reader
-from pipeline.checkpoint import Run, score_of
 from pipeline.config import Member
 from pipeline.errors import RunError, SettingError
 from pipeline.evaluate import evaluate, mean_and_deviation
 from pipeline.extract import extract
 from pipeline.predict import predict
 from pipeline.refit import refit, winners
+from pipeline.runs.run import Run, score_of
 from pipeline.train import MemberStopped, train
 
 LAST = Member(method="last", epochs=6, warmup_epochs=1, lr=1e-2, settings={"rank": 4})

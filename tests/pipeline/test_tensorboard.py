@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import tensorboard
-from pipeline.tensorboard import Events
+from pipeline.runs import events
+from pipeline.runs.events import Events
 
 
 def line(epoch: int, member: str = "m0", **changes: Any) -> dict[str, Any]:
@@ -31,9 +31,9 @@ def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_events_read_back(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    with Events(tmp_path, ["m0", "m1"]) as events:
-        events.add([line(1), line(1, "m1", val_top1=None)])
-        events.add([line(2)])  # m1 was stopped
+    with Events(tmp_path, ["m0", "m1"]) as written:
+        written.add([line(1), line(1, "m1", val_top1=None)])
+        written.add([line(2)])  # m1 was stopped
     found = read_back(tmp_path / "tensorboard" / "m0")
     assert set(found) == {"lr", "train/loss", "val/loss", "val/top1"}
     assert found["train/loss"] == [(1, 2.0), (2, 1.0)]
@@ -45,29 +45,29 @@ def test_events_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("epochs_done", [0, 1])
 def test_epochs_that_are_trained_again_are_purged(tmp_path: Path, epochs_done: int) -> None:
     pytest.importorskip("tensorboard")
-    with Events(tmp_path, ["m0"]) as events:
+    with Events(tmp_path, ["m0"]) as written:
         for epoch in (1, 2, 3):
-            events.add([line(epoch, train_loss=9.0)])
-    with Events(tmp_path, ["m0"], epochs_done) as events:
-        events.add([line(epochs_done + 1, train_loss=1.0)])
+            written.add([line(epoch, train_loss=9.0)])
+    with Events(tmp_path, ["m0"], epochs_done) as written:
+        written.add([line(epochs_done + 1, train_loss=1.0)])
     found = read_back(tmp_path / "tensorboard" / "m0")["train/loss"]
     assert found == [(1, 9.0)] * epochs_done + [(epochs_done + 1, 1.0)]
 
 
 def test_nothing_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
-    with Events(tmp_path, ["m0"]) as events:
-        events.add([line(1)])
+    monkeypatch.setattr(events, "find_spec", lambda name: None)
+    with Events(tmp_path, ["m0"]) as written:
+        written.add([line(1)])
     assert not any(tmp_path.iterdir())
 
 
 def test_nothing_for_a_grid_too_large_to_look_at(tmp_path: Path) -> None:
-    with Events(tmp_path, [f"m{i}" for i in range(tensorboard.MOST_MEMBERS + 1)]):
+    with Events(tmp_path, [f"m{i}" for i in range(events.MOST_MEMBERS + 1)]):
         assert not any(tmp_path.iterdir())
 
 
 def test_importing_it_loads_neither_torch_nor_tensorboard() -> None:
-    code = "import sys, pipeline.tensorboard; print('torch' in sys.modules, *sys.modules)"
+    code = "import sys, pipeline.runs.events; print('torch' in sys.modules, *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("False")
     assert "tensorboard.backend" not in done.stdout.split()

@@ -21,18 +21,18 @@ from conftest import extract_config, train_config
 from safetensors.torch import load_file
 
 from cache import NameMissing
-from pipeline.batches import Batches
-from pipeline.checkpoint import Run
 from pipeline.config import Member, TrainConfig, cross, read_yaml
 from pipeline.errors import BackboneError, DeviceError, MissingTaps, RunError, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.members import Stack, make_members
-from pipeline.optim import MemberAdamW
+from pipeline.features.operands import Batches
 from pipeline.predict import predict
+from pipeline.runs.run import Run
 from pipeline.side import METHODS
 from pipeline.train import EpochDone, MemberStopped, Start, _Pass, train
-from pipeline.workers import Workers
+from pipeline.training.members import Stack, make_members
+from pipeline.training.optim import MemberAdamW
+from pipeline.training.workers import Workers
 
 LAST = Member(method="last", epochs=4, warmup_epochs=1, drop_path=0.2, settings={"rank": 4})
 LINEAR = Member(method="linear", epochs=4, warmup_epochs=1, lr=1e-2)

@@ -34,7 +34,8 @@ from torch import Tensor
 from pipeline import __version__
 from pipeline.config import PassConfig, TrainConfig
 from pipeline.errors import RunError
-from pipeline.folder import (
+from pipeline.runs.events import FOLDER as EVENTS
+from pipeline.runs.folder import (
     append_text,
     delete,
     hold,
@@ -45,9 +46,8 @@ from pipeline.folder import (
     sync_file,
     whole_file,
 )
-from pipeline.metrics import SCORES, Task, finite, rank
 from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
-from pipeline.tensorboard import FOLDER as EVENTS
+from pipeline.tasks.metrics import SCORES, Task, finite, rank
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINT, SUMMARY, MEMBERS, COST = "checkpoint.pt", "summary.csv", "members", "cost.json"

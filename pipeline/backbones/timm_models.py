@@ -26,10 +26,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from pipeline.blocks import describe
+from pipeline.backbones.blocks import describe
+from pipeline.backbones.weights import read_weights
 from pipeline.errors import BackboneError, SettingError, gist
 from pipeline.side import TokenShape
-from pipeline.weights import read_weights
 
 STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules
 

@@ -43,7 +43,7 @@ from timm.data.readers import create_reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from pipeline.errors import ImageError, SourceError
-from pipeline.images import (
+from pipeline.sources.source import (
     REPAIR_OR_SKIP,
     SPLIT_NAMES,
     FileSource,

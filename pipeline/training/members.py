@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.batches import Batch, Batches
 from pipeline.config import Member, cross, fitting_warmup
-from pipeline.drop_path import DropPath
 from pipeline.errors import MissingTaps, SettingError
-from pipeline.metrics import Scores, Task
-from pipeline.optim import MemberAdamW, learning_rate
+from pipeline.features.operands import Batch, Batches
 from pipeline.process import undisturbed
 from pipeline.side import ALIASES, METHODS, FeatureSpec, Settings, SideNetwork
-from pipeline.workers import Workers
+from pipeline.tasks.metrics import Scores, Task
+from pipeline.training.drop_path import DropPath
+from pipeline.training.optim import MemberAdamW, learning_rate
+from pipeline.training.workers import Workers
 
 EVAL_BATCH = 64
 LEARNING = frozenset(Member.__dataclass_fields__) - {"method", "settings"}  # every method's

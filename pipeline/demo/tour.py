@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import Run
-from pipeline.shapes import write_task
+from pipeline.demo.shapes import write_task
+from pipeline.runs.run import Run
 
-WEIGHTS = Path(__file__).parent / "demo_backbone.safetensors"
+WEIGHTS = Path(__file__).parent / "backbone.safetensors"
 TASKS = ("orientation", "position")
 METHODS = ("linear", "last")
 TRAIN, VAL, TEST = 1200, 300, 600

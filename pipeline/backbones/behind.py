@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.backbone import Backbone, Preprocessing, load_backbone
-from pipeline.checkpoint import TrainedMember
+from pipeline.backbones.timm_models import Backbone, Preprocessing, load_backbone
 from pipeline.device import pick_precision, without_tf32
 from pipeline.errors import BackboneError
-from pipeline.images import Source
-from pipeline.loader import image_batches
+from pipeline.runs.run import TrainedMember
+from pipeline.sources.decoding import image_batches
+from pipeline.sources.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.errors import ImageError
-from pipeline.images import Source
+from pipeline.sources.source import Source
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from torch import Tensor
 from cache import Reader, Stack, Target
 from pipeline.device import record_event
 from pipeline.errors import SettingError
-from pipeline.memory import free_memory
-from pipeline.metrics import Task
+from pipeline.features.memory import free_memory
+from pipeline.features.taps import HostBuffer, choose_taps, host_buffer, restore
 from pipeline.side import FeatureSpec, Operands, SideNetwork, TokenShape
-from pipeline.taps import HostBuffer, choose_taps, host_buffer, restore
+from pipeline.tasks.metrics import Task
 
 READERS = 4  # threads
 SPARE = 0.8  # of the free memory may be filled with features
@@ -50,7 +50,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Row numbers of a cache, and for each task its labels of these rows (`pipeline.metrics`).
+    """Row numbers of a cache, and for each task its labels of them (`pipeline.tasks.metrics`).
 
     `left_out` counts the rows that have no label for any target of the cache.
     """

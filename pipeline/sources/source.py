@@ -1,7 +1,7 @@
 """Where the images come from: rows in a fixed order, each decoded and hashed by its number.
 
 A `Source` says which images there are, what is to be predicted of them, and how the bytes of one
-are read; `pipeline.sources` opens the kinds that there are.
+are read; `pipeline.sources.open` opens the kinds that there are.
 
 Decoding is timm's: Pillow, then `convert("RGB")`. Hence no EXIF rotation, transparency is dropped
 rather than blended, and the first frame of an animation counts. Grey of more than 8 bits, which

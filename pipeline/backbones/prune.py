@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.blocks import describe, matrices
+from pipeline.backbones.blocks import describe, matrices
 from pipeline.side.ladder import check_reduction
 
 Images = Callable[[], Iterable[tuple[Tensor, int]]]  # (3, H, W) and its label, each time anew
@@ -259,8 +259,8 @@ def prune(
 ) -> dict[str, np.ndarray]:
     """Walk the network and cut out the side blocks: `block<i>/<name>`, `norm_weight`, `norm_bias`.
 
-    `weights` holds each block's parameters as `pipeline.blocks.matrices` names them, `norm` those
-    of the final norm.
+    `weights` holds each block's parameters as `pipeline.backbones.blocks.matrices` names them,
+    `norm` those of the final norm.
     """
     tables: dict[str, Tensor] = {}
     kept = _largest([importance.first.flatten(1)], len(importance.first) // reduction)

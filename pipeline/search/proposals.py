@@ -21,8 +21,8 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.config import Member
-from pipeline.metrics import rank
-from pipeline.space import Space
+from pipeline.search.space import Space
+from pipeline.tasks.metrics import rank
 
 SAMPLERS = ("tpe", "random", "grid")
 REDUCTION = 3  # with halving, one member in three passes a rung, and trains three times as long

@@ -6,7 +6,7 @@
                  (any number of classes, `cat;indoors`; `-` where none applies) and `value:NAME`
                  (a number). An empty cell there: this row has no label for this target
     a VTAB-1K    task folder in the NOAH layout: train800.txt, val200.txt, test.txt, …
-    a .tar       of images, and timm dataset strings such as `hfds/…`: pipeline.timm_datasets
+    a .tar       of images, and timm dataset strings such as `hfds/…`: pipeline.sources.timm_sets
 
 The idea to hold: opening a source finds every fault of the *list* (missing files, unknown labels,
 empty classes) before the backbone runs; faults of one *image* come later, as ImageError, so that
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.errors import SourceError
-from pipeline.images import (
+from pipeline.sources.source import (
     SPLIT_NAMES,
     FileSource,
     Labels,
@@ -80,7 +80,7 @@ def open_source(
     path, text = Path(images), str(images)
     of_label = (classes or {}).get("label")
     if not path.exists() and text.partition("/")[0].lower() in TIMM_PREFIXES and "/" in text:
-        from pipeline.timm_datasets import TimmOptions, open_timm
+        from pipeline.sources.timm_sets import TimmOptions, open_timm
 
         options = TimmOptions(data_dir, input_key, target_key, download)
         return open_timm(text, splits=splits or ("train",), classes=of_label, options=options)
@@ -97,7 +97,7 @@ def open_source(
     if path.is_file() and path.suffix.lower() == ".csv":
         return _open_csv(path, splits, classes or {})
     if path.is_file() and path.suffix.lower() == ".tar":
-        from pipeline.timm_datasets import open_tar
+        from pipeline.sources.timm_sets import open_tar
 
         return open_tar(path, splits=splits, classes=of_label)
     raise SourceError(

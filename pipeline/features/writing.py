@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 
 from cache import Manifest, Stack, StorageOverflow
-from pipeline.backbone import Backbone
+from pipeline.backbones.timm_models import Backbone
 from pipeline.config import ExtractConfig
 from pipeline.device import record_event
-from pipeline.images import Source
-from pipeline.loader import ImageBatch
-from pipeline.side import TokenShape
-from pipeline.side.gather import Gather, pool_both
-from pipeline.taps import (
+from pipeline.features.taps import (
     HostBuffer,
     choose_gather,
     host_buffer,
@@ -34,6 +30,10 @@ from pipeline.taps import (
     store,
     total_error,
 )
+from pipeline.side import TokenShape
+from pipeline.side.gather import Gather, pool_both
+from pipeline.sources.decoding import ImageBatch
+from pipeline.sources.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from cache import NameMissing, Reader
-from pipeline.batches import Batches, labelled_rows
-from pipeline.checkpoint import TrainedMember
 from pipeline.config import TrainConfig
 from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
-from pipeline.images import Source
-from pipeline.members import EVAL_BATCH
-from pipeline.metrics import average_precision
+from pipeline.features.operands import Batches, labelled_rows
+from pipeline.runs.run import TrainedMember
+from pipeline.sources.source import Source
+from pipeline.tasks.metrics import average_precision
+from pipeline.training.members import EVAL_BATCH
 
 SHOWN = 12  # mistakes
 MOST_CLASSES = 30  # of a confusion matrix that one can read

@@ -25,8 +25,8 @@ import yaml
 
 from pipeline.config import Member, cross
 from pipeline.errors import SettingError
-from pipeline.members import make_member
 from pipeline.side import ALIASES, METHODS
+from pipeline.training.members import make_member
 
 _RANGE_KEYS = ("low", "high", "log", "step")
 _NOUNS = {float: "a number", int: "a whole number", str: "text", type(None): "null"}

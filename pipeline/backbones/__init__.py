@@ -1,0 +1,1 @@
+"""Input to taps: the frozen backbones, their blocks, and what is made of their weights."""

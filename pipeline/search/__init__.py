@@ -1,0 +1,1 @@
+"""Proposing settings: space, proposals."""

@@ -1,0 +1,1 @@
+"""The bytes of one input, by number, and how they are decoded."""
