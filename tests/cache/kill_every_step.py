@@ -20,7 +20,7 @@ import h5py  # noqa: F401  (once here, not in every child)
 import numpy as np
 import zarr  # noqa: F401
 
-from cache import Manifest, Reader, Stack, Writer, encode_keys, verify
+from cache import Labelling, Manifest, Reader, Stack, Writer, encode_keys, verify
 from cache.ledger import Record
 
 ROWS = 3
@@ -29,7 +29,7 @@ STACKS = (
     Stack(name="late", taps=("z2",), tokens=2, prefix_tokens=0, dim=4),
 )
 MANIFEST = Manifest(
-    identity={"a": 1}, storage="float16", rows=ROWS, rows_per_shard=2, stacks=STACKS
+    identity={"a": 1}, storage="float16", parts=(ROWS,), slots_per_shard=2, stacks=STACKS
 )
 TABLES = {"keys": encode_keys([str(row) for row in range(ROWS)])}
 VALUES = {
@@ -40,7 +40,7 @@ STEPS = ("pwrite", "ftruncate", "rename", "replace", "link", "unlink", "mkdir")
 
 
 def write(location: Path) -> None:
-    with Writer(location, MANIFEST, TABLES) as writer:
+    with Writer(location, MANIFEST, Labelling(rows=ROWS), TABLES) as writer:
         for rows in writer.pending:
             for row in reversed(rows):
                 arrays = {name: values[row : row + 1] for name, values in VALUES.items()}
@@ -74,8 +74,8 @@ def publish_records_first() -> None:
 
     def hasty(self: Writer, index: int, rows: range) -> object:
         digests = {stack.name: ["0" * 32] * len(rows) for stack in STACKS}
-        record = Record(shard=index, rows=(rows.start, rows.stop), digests=digests, skipped={})
-        self._backend.write_record(index, record.to_bytes(self._backend.record_bytes))
+        record = Record(shard=index, slots=(rows.start, rows.stop), digests=digests, skipped={})
+        self._container.write_record(index, record.to_bytes(self._container.record_bytes(index)))
         return begin(self, index, rows)
 
     Writer._begin = hasty
