@@ -7,7 +7,8 @@ in slot `slots[r]` (without that table, in slot `r`).
 
 | table | dtype | shape | holds |
 |---|---|---|---|
-| slots | int64 | (rows,) | where each row's features lie; no two alike |
+| slots | int64 | (rows,) | where each row's features lie (optional; inputs alike may share one) |
+| keys | uint8 | any | one key per row, where they are not those of the slots (optional) |
 | split | int16 | (rows,) | index into `splits`, -1 for none |
 | labels/<target> | by the target's kind | (rows, …) | see `Target` |
 | groups/<group> | uint8 | any | a JSON list of strings, one per row (`encode_keys`) |
@@ -159,7 +160,7 @@ class Labelling:
         expected and what came.
         """
         optional = {"slots": ("int64", (self.rows,))}
-        text = {f"groups/{group}" for group in self.groups}
+        text = {f"groups/{group}" for group in self.groups} | ({"keys"} & set(tables))
         if missing := sorted({*self.tables, *text} - set(tables)):
             raise ValueError(f"tables {missing} are missing: the labelling asks for them")
         if unknown := sorted(set(tables) - {*self.tables, *text, *optional}):
@@ -185,8 +186,6 @@ class Labelling:
         return checked
 
     def _check_values(self, name: str, table: np.ndarray, slots: int) -> None:
-        if name == "slots" and len(np.unique(table)) != len(table):
-            raise ValueError("table 'slots': two rows have the same slot")
         targets = {f"labels/{target.name}": target for target in self.targets}
         ends = {"split": len(self.splits), "fold": self.folds, "slots": slots}
         for first in range(0, len(table), _CHUNK_ROWS if table.ndim > 2 else len(table)):

@@ -19,7 +19,7 @@ import numpy as np
 
 from cache import files
 from cache.containers.container import ShardExtents
-from cache.containers.document import below, in_part
+from cache.containers.document import below, in_part, labelling_tables
 from cache.documents import canonical_json
 from cache.encoding import decode_keys
 from cache.errors import CacheDamaged, CacheIncomplete, NameMissing, TapMissing
@@ -89,10 +89,14 @@ class Reader:
         self._extents: dict[tuple[str, int], ShardExtents] = {}
         self._files, self._pid = files.OpenFiles(), os.getpid()
 
+    @property
+    def _row_tables(self) -> set[str]:
+        """Names of the labelling's tables, as they are stored; version 1 has them at the root."""
+        return set(labelling_tables(self.container.document))
+
     def _read_slots(self) -> np.ndarray:
-        name = below(self.container.labelling_at, "slots")
-        if name in self.container.document["tables"]:
-            return read_table(self.container, name)
+        if below(self.container.labelling_at, "slots") in self._row_tables:
+            return self.labelling_table("slots")
         return np.arange(self.labelling.rows)
 
     def __enter__(self) -> Self:
@@ -151,6 +155,8 @@ class Reader:
     @functools.cached_property
     def keys(self) -> list[str]:
         """One key per row."""
+        if below(self.container.labelling_at, "keys") in self._row_tables:
+            return decode_keys(self.labelling_table("keys"))
         keys = self.slot_keys
         return [keys[slot] for slot in self.slots.tolist()]
 

@@ -109,9 +109,9 @@ def with_labelling(
 def labelling_tables(document: Mapping[str, Any]) -> Iterator[str]:
     """The names of the tables of the labelling that the document has now."""
     at, labelling = document["labelling_at"], Labelling.from_dict(document["labelling"])
-    own = (*labelling.tables, *(f"groups/{group}" for group in labelling.groups), "slots")
+    own = (*labelling.tables, *(f"groups/{g}" for g in labelling.groups), "slots", "keys")
     for name in own:
-        if below(at, name) in document["tables"]:
+        if below(at, name) in document["tables"] and (at or name != "keys"):  # those of the slots
             yield below(at, name)
 
 
