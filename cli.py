@@ -333,7 +333,7 @@ def extract(as_json: bool, **values: Any) -> None:
                 case stage.Repeated(split=split, other=other, rows=rows, example=(key, twin)):
                     images = f"{_counted(rows, f'{split} image')} {'is' if rows == 1 else 'are'}"
                     progress.note(f"{images} also in {other} (e.g. {key} = {twin})")
-                case stage.Plan():
+                case stage.ExtractionPlan():
                     if record.pending_rows:
                         progress.note(_plan_line(record, config))
                         if record.begun_batch_size not in (None, config.batch_size):

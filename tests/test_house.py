@@ -27,6 +27,7 @@ ROOMS = [
     "pipeline.features",
     "pipeline.backbones",
     "pipeline.runs",
+    "pipeline.labelling",
     "pipeline.sources",
     "pipeline.tasks",
     "pipeline.side",
@@ -45,7 +46,13 @@ ONLY_IN = {  # package → the files that may import it
     "yaml": {"pipeline.config", "pipeline.runs.run", "pipeline.search.space", "pipeline.sweep"},
     "optuna": {"pipeline.search.proposals"},
 }
-READERS_OF_CACHE = {"cli", "pipeline", "pipeline.features", "pipeline.pages"}  # rooms
+READERS_OF_CACHE = {
+    "cli",
+    "pipeline",
+    "pipeline.features",
+    "pipeline.labelling",
+    "pipeline.pages",
+}  # rooms
 PLAIN_FILES = {"pipeline.runs.folder": "cache.files"}  # it knows no cache, nor does who imports it
 
 

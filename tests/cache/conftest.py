@@ -16,7 +16,7 @@ CONTAINERS = ("zarr", "h5")
 
 @dataclass
 class Sample:
-    """A manifest, a labelling, their tables, and the reference values of its stacks in the storage dtype."""
+    """A manifest, a labelling, their tables, and the stacks' values in the storage dtype."""
 
     manifest: Manifest
     labelling: Labelling

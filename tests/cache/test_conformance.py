@@ -262,7 +262,9 @@ def test_resumes_with_the_shards_on_disk(location, sample):
         sample.fill(writer, [range(4, 8)])
         writer.write(0, sample.rows(0, 3))  # not a whole shard: is given up
     other_layout = sample.with_manifest(slots_per_shard=7)
-    with Writer(location, other_layout.manifest, other_layout.labelling, other_layout.tables) as writer:
+    with Writer(
+        location, other_layout.manifest, other_layout.labelling, other_layout.tables
+    ) as writer:
         assert writer.pending == [range(4), range(8, 10)]
         assert writer.manifest.slots_per_shard == 4
         sample.fill(writer)
@@ -354,10 +356,14 @@ def test_workers_own_shards_and_give_the_same_bytes(location, sample):
 
 
 def test_the_loser_of_a_race_uses_the_winners_cache(location, sample, monkeypatch):
-    with Writer(location, sample.manifest, sample.labelling, sample.tables, worker=0, workers=2) as winner:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, worker=0, workers=2
+    ) as winner:
         monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
         other = sample.with_manifest(slots_per_shard=3)
-        with Writer(location, other.manifest, other.labelling, other.tables, worker=1, workers=2) as loser:
+        with Writer(
+            location, other.manifest, other.labelling, other.tables, worker=1, workers=2
+        ) as loser:
             assert loser.manifest == winner.manifest
             sample.fill(loser)
         sample.fill(winner)
@@ -375,7 +381,9 @@ def test_two_writers_of_a_shard_never_publish_a_mixture(location, sample, monkey
     values = {"a": sample.values, "b": sample.values}
     if not equal:
         values["b"] = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
-    writers = {name: Writer(location, sample.manifest, sample.labelling, sample.tables) for name in values}
+    writers = {
+        name: Writer(location, sample.manifest, sample.labelling, sample.tables) for name in values
+    }
     steps = [(name, row) for name in writers for row in range(4)]
     for place in random.permutation(len(steps)):
         name, row = steps[place]
@@ -544,12 +552,18 @@ def test_a_sweep_never_holds_the_lock_of_a_young_file(tmp_path, monkeypatch):
 
 def test_overwrite_resumes_the_same_identity(location, sample):
     """Left in a script it must not throw finished shards away."""
-    with Writer(location, sample.manifest, sample.labelling, sample.tables, overwrite=True) as writer:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
         sample.fill(writer, [range(4)])
-    with Writer(location, sample.manifest, sample.labelling, sample.tables, overwrite=True) as writer:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
         assert writer.slots_done == 4
         sample.fill(writer)
-    with Writer(location, sample.manifest, sample.labelling, sample.tables, overwrite=True) as writer:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
         assert writer.pending == []
     other = sample.with_manifest(identity={"other": 1})
     with Writer(location, other.manifest, other.labelling, other.tables, overwrite=True) as writer:
@@ -561,7 +575,9 @@ def test_workers_that_overwrite_leave_each_others_cache(location, sample):
     options = {"overwrite": True, "workers": 3}
     writers = []
     for worker in range(3):
-        writer = Writer(location, sample.manifest, sample.labelling, sample.tables, worker=worker, **options)
+        writer = Writer(
+            location, sample.manifest, sample.labelling, sample.tables, worker=worker, **options
+        )
         sample.fill(writer)
         writers.append(writer)
     for writer in writers:
@@ -580,7 +596,14 @@ def test_a_worker_that_comes_late_to_overwriting(location, sample, monkeypatch, 
         if other == "has removed the old one":
             real(path)
         else:
-            first = Writer(location, sample.manifest, sample.labelling, sample.tables, overwrite=True, workers=2)
+            first = Writer(
+                location,
+                sample.manifest,
+                sample.labelling,
+                sample.tables,
+                overwrite=True,
+                workers=2,
+            )
             sample.fill(first)
             held.append(first)
         if other == "has ended":

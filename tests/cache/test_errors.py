@@ -244,7 +244,9 @@ def test_a_complete_cache_may_be_read_only(location, sample, monkeypatch):
     with Reader(location) as reader:
         np.testing.assert_array_equal(reader.read(range(10)), sample.values["tokens"][:, 0])
     assert verify(location).ok and inspect(location).complete
-    with Writer(location, sample.manifest, sample.labelling, sample.tables, overwrite=True) as writer:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
         assert writer.pending == []
 
 
@@ -457,7 +459,10 @@ def test_killed_while_forgetting(tmp_path, sample, monkeypatch, deletions):
     location = sample.write(tmp_path / "a.zarr")
     path, offset = place(location, "late", 6)
     flip_byte(path, offset)
-    writer, unlink = Writer(location, sample.manifest, sample.labelling, sample.tables), type(path).unlink
+    writer, unlink = (
+        Writer(location, sample.manifest, sample.labelling, sample.tables),
+        type(path).unlink,
+    )
     left = [unlink] * deletions
 
     def killed(path: Path) -> None:
