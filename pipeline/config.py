@@ -137,6 +137,22 @@ class LabelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    """Damaged rows of `cache`, to be computed again from `images`; the backbone's `weights`,
+    `pretrained` and `seed` as they were given to ExtractConfig."""
+
+    cache: str
+    images: str
+    weights: str | None = None
+    pretrained: bool = True
+    seed: int = 0
+    device: str = "auto"
+    data_dir: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CopyConfig:
     """A smaller cache from a cache. `dtype` None keeps the storage type, `split` None all rows;
     `gather` as in ExtractConfig."""

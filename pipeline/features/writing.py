@@ -90,6 +90,17 @@ def plan_layout(config: ExtractConfig, backbone: Backbone) -> Layout:
     return Layout(read=read, stacks=tuple(stacks))
 
 
+def layout_of(manifest: Manifest) -> Layout:
+    """The layout by which a cache was extracted."""
+    found = manifest.identity["gather"]
+    if found == "none":
+        read = tuple(tap for stack in manifest.stacks for tap in stack.taps)
+        return Layout(read=read, stacks=manifest.stacks)
+    gather = Gather(**found)
+    read = tuple(dict.fromkeys(tap for taps in gather.sums.values() for tap in taps))
+    return Layout(read=read, stacks=manifest.stacks, gather=gather)
+
+
 class TokenBuffer:
     """Room for one batch of stored tokens, per stack (B, 1, taps, T, …), on device and host."""
 
