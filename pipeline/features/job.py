@@ -66,6 +66,7 @@ class Job:
     asked: Questions | None = None
     digests: np.ndarray | None = None
     rows: np.ndarray | None = None  # the slot of each input
+    heard: str | None = None  # the digest of what the source says
 
     def __enter__(self) -> Job:
         return self
@@ -82,7 +83,8 @@ class Job:
         if [self.slots.keys[slot] for slot in self.rows.tolist()] != list(self.asked.keys):
             places["keys"] = encode_keys(self.asked.keys)
         digest = self.asked.digest(self.digests)
-        self.writer.label(self.asked.labelling, {**self.asked.tables, **places}, digest)
+        tables = {**self.asked.tables, **places}
+        self.writer.label(self.asked.labelling, tables, digest, heard=self.heard)
 
 
 def begin_job(
@@ -175,7 +177,14 @@ def _resume(
         writer.close()
         raise
     slots = Slots(source=inputs.source, keys=keys, numbers=numbers)
-    return Job(writer=writer, slots=slots, asked=asked, digests=inputs.digests, rows=rows)
+    return Job(
+        writer=writer,
+        slots=slots,
+        asked=asked,
+        digests=inputs.digests,
+        rows=rows,
+        heard=inputs.asked.digest(inputs.digests),
+    )
 
 
 def _other_inputs(

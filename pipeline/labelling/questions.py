@@ -16,6 +16,7 @@ import numpy as np
 from cache import Labelling, Reader, Target, decode_keys, encode_keys
 from pipeline.errors import SettingError, SourceError, some
 from pipeline.sources.source import Source, TargetColumn
+from pipeline.sources.splits import in_order
 from pipeline.sources.tables import TableRows
 
 FOLD = "fold"  # the column of a list that says it
@@ -143,7 +144,7 @@ def of_list(table: TableRows, keys: Sequence[str], group: str | None) -> Questio
 
     A column `fold` says folds. Raises SourceError for a fold that is no number, or no such column.
     """
-    splits = tuple(dict.fromkeys(table.splits or ()))
+    splits = in_order(table.splits or ())
     tables = {f"labels/{target.name}": target.values for target in table.targets}
     if table.splits is not None:
         tables["split"] = np.array([splits.index(split) for split in table.splits], np.int16)

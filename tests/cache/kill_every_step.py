@@ -6,19 +6,17 @@ end; the result is compared with the reference, byte for byte. Stops when a chil
 """
 
 import itertools
-import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path.cwd()))
+sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "tests")]
 
 import h5py  # noqa: F401  (once here, not in every child)
 import numpy as np
 import zarr  # noqa: F401
+from kill_steps import in_child, kill_at
 
 from cache import Labelling, Manifest, Reader, Stack, Writer, encode_keys, verify
 from cache.ledger import Record
@@ -36,7 +34,6 @@ VALUES = {
     stack.name: np.random.default_rng(0).normal(size=(ROWS, 1, *stack.shape)).astype(np.float16)
     for stack in STACKS
 }
-STEPS = ("pwrite", "ftruncate", "rename", "replace", "link", "unlink", "mkdir")
 
 
 def write(location: Path) -> None:
@@ -46,26 +43,6 @@ def write(location: Path) -> None:
                 arrays = {name: values[row : row + 1] for name, values in VALUES.items()}
                 errors = {"tokens": (float(row), 4.0, row / 2)}
                 writer.write(row, arrays, {row: "bad"} if row == 1 else {}, errors)
-
-
-def kill_at(step: int) -> None:
-    """From now on, the process dies at its `step`-th change of the disk."""
-    count = itertools.count(1)
-
-    def counted(name: str, call: Callable) -> Callable:
-        def wrapper(*args: object, **options: object) -> object:
-            if next(count) == step:
-                if name == "pwrite":
-                    fd, data, offset = args
-                    call(fd, data[: len(data) // 2], offset)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **options)
-
-        return wrapper
-
-    os.fsync = lambda fd: None  # changes nothing that a killed process leaves behind
-    for name in STEPS:
-        setattr(os, name, counted(name, getattr(os, name)))
 
 
 def publish_records_first() -> None:
@@ -79,22 +56,6 @@ def publish_records_first() -> None:
         return begin(self, index, rows)
 
     Writer._begin = hasty
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run in a fork; the signal that ended it, or 0. Any other failure ends this process."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            sys.stderr.write(f"{error!r}\n")
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        sys.exit(1)
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
 def check(location: Path, step: int) -> None:
