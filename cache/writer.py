@@ -218,7 +218,8 @@ class Writer:
 
         `tables` are those that it asks for, with `slots` unless row r lies in slot r; `digest` is
         its `Labelling.digest`. `heard` is the digest of what a source said, if not all of it was
-        taken over: it is no news from now on. Raises ValueError for a table that does not fit; NotWritable.
+        taken over: it is no news from now on. Raises ValueError for a table that does not fit;
+        NotWritable.
         """
         stored = checked_labels(self.manifest, labelling, tables, tables.keys())
         old = self._container.labelling.history or (labelling_digest(self._container),)

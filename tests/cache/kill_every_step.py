@@ -11,7 +11,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "tests")]
+sys.path.insert(0, str(Path.cwd() / "tests"))
+sys.path.insert(0, str(Path.cwd()))
 
 import h5py  # noqa: F401  (once here, not in every child)
 import numpy as np

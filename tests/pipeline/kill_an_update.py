@@ -10,8 +10,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-root = Path.cwd()
-sys.path[:0] = [str(root), str(root / "tests")]
+sys.path.insert(0, str(Path.cwd() / "tests"))
+sys.path.insert(0, str(Path.cwd()))
 
 import h5py  # noqa: F401  (once here, not in every child)
 import torch
