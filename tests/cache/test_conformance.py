@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import Reader, Target, Writer, decode, files, inspect, verify
-from cache import writer as writer_module
+from cache import Reader, Target, Writer, decode, files, inspect, planning, verify
 from cache.ledger import Record
 from cache.location import lock, open_container
 
@@ -56,7 +55,7 @@ def test_plain_libraries_read_the_same(location, samples, storage):
         stored = raw(location, f"stacks/{name}")
         assert stored.dtype == values.dtype
         np.testing.assert_array_equal(stored, values)
-    for name, table in sample.tables.items():
+    for name, table in sample.stored.items():
         np.testing.assert_array_equal(raw(location, name), table)
     shards, record_bytes = raw(location, "ledger").shape
     assert shards == 3
@@ -151,7 +150,7 @@ def test_targets_of_every_kind(location, sample):
             table = sample.tables[f"labels/{name}"]
             assert reader.labels(name).dtype == table.dtype
             np.testing.assert_array_equal(reader.labels(name), table)
-            np.testing.assert_array_equal(raw(location, f"labels/{name}"), table)
+            np.testing.assert_array_equal(raw(location, f"labellings/0/labels/{name}"), table)
             assert reader.target(name).name == name
         np.testing.assert_array_equal(reader.labels(), reader.labels("label"))
         assert reader.target() == sample.labelling.targets[0]
@@ -167,13 +166,16 @@ def test_targets_of_every_kind(location, sample):
     assert verify(location).ok
 
 
-def test_other_labels_are_another_content(tmp_path, sample):
-    contents = []
+def test_other_labels_are_another_labelling_of_the_same_content(tmp_path, sample):
+    contents, labellings = [], []
     for name, age in (("a", 0.5), ("b", 0.5), ("c", 0.25)):
         changed = several_targets(dataclasses.replace(sample, tables=dict(sample.tables)))
         changed.tables["labels/age"][4] = age
-        contents.append(inspect(changed.write(tmp_path / f"{name}.zarr")).content)
-    assert contents[0] == contents[1] != contents[2]
+        found = inspect(changed.write(tmp_path / f"{name}.zarr"))
+        contents.append(found.content)
+        labellings.append(found.labelling)
+    assert contents[0] == contents[1] == contents[2]
+    assert labellings[0] == labellings[1] != labellings[2]
 
 
 def test_a_cache_without_targets_or_values(location, sample):
@@ -262,7 +264,9 @@ def test_resumes_with_the_shards_on_disk(location, sample):
         sample.fill(writer, [range(4, 8)])
         writer.write(0, sample.rows(0, 3))  # not a whole shard: is given up
     other_layout = sample.with_manifest(slots_per_shard=7)
-    with Writer(location, other_layout.manifest, other_layout.labelling, other_layout.tables) as writer:
+    with Writer(
+        location, other_layout.manifest, other_layout.labelling, other_layout.tables
+    ) as writer:
         assert writer.pending == [range(4), range(8, 10)]
         assert writer.manifest.slots_per_shard == 4
         sample.fill(writer)
@@ -314,9 +318,9 @@ def test_measured_errors_add_up(location, sample):
 def test_a_layout_without_room_for_errors_goes_without(location, sample, monkeypatch):
     """Caches laid out by an earlier program have shorter records; here ones without any slack."""
     names = {stack.name: ["0" * 32] * 4 for stack in sample.manifest.stacks}
-    record = Record(shard=0, rows=(8, 12), digests=names, skipped={})
+    record = Record(shard=0, slots=(8, 12), digests=names, skipped={})
     length = len(record.to_bytes(4096).rstrip(b"\0"))
-    monkeypatch.setattr("cache.writer.record_bytes", lambda manifest: length)
+    monkeypatch.setattr("cache.containers.document.record_bytes", lambda manifest, part: length)
     with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         for rows in writer.pending:
             arrays = sample.rows(rows.start, rows.stop)
@@ -354,10 +358,14 @@ def test_workers_own_shards_and_give_the_same_bytes(location, sample):
 
 
 def test_the_loser_of_a_race_uses_the_winners_cache(location, sample, monkeypatch):
-    with Writer(location, sample.manifest, sample.labelling, sample.tables, worker=0, workers=2) as winner:
-        monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, worker=0, workers=2
+    ) as winner:
+        monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
         other = sample.with_manifest(slots_per_shard=3)
-        with Writer(location, other.manifest, other.labelling, other.tables, worker=1, workers=2) as loser:
+        with Writer(
+            location, other.manifest, other.labelling, other.tables, worker=1, workers=2
+        ) as loser:
             assert loser.manifest == winner.manifest
             sample.fill(loser)
         sample.fill(winner)
@@ -375,7 +383,9 @@ def test_two_writers_of_a_shard_never_publish_a_mixture(location, sample, monkey
     values = {"a": sample.values, "b": sample.values}
     if not equal:
         values["b"] = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
-    writers = {name: Writer(location, sample.manifest, sample.labelling, sample.tables) for name in values}
+    writers = {
+        name: Writer(location, sample.manifest, sample.labelling, sample.tables) for name in values
+    }
     steps = [(name, row) for name in writers for row in range(4)]
     for place in random.permutation(len(steps)):
         name, row = steps[place]
@@ -418,7 +428,8 @@ def test_a_forgotten_shard_is_written_anew(location, sample):
     with extents.path.open("r+b") as file:
         file.seek(int(extents.offsets[0, 0]))
         file.write(b"\xff\xff\xff")
-    assert verify(location).lost_shards == [1]
+    found = verify(location)
+    assert ({damage.row for damage in found.damaged}, found.lost_shards) == ({4}, [])
     with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.forget([1])
         sample.fill(writer)
@@ -482,7 +493,7 @@ def test_without_hard_links_a_name_is_not_taken_either(location, sample, monkeyp
     monkeypatch.setattr(os, "link", link)
     monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
     first = Writer(location, sample.manifest, sample.labelling, sample.tables)
-    monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
+    monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
     second = Writer(location, sample.manifest, sample.labelling, sample.tables)
     other = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
     sample.fill(first)
@@ -544,12 +555,18 @@ def test_a_sweep_never_holds_the_lock_of_a_young_file(tmp_path, monkeypatch):
 
 def test_overwrite_resumes_the_same_identity(location, sample):
     """Left in a script it must not throw finished shards away."""
-    with Writer(location, sample.manifest, sample.labelling, sample.tables, overwrite=True) as writer:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
         sample.fill(writer, [range(4)])
-    with Writer(location, sample.manifest, sample.labelling, sample.tables, overwrite=True) as writer:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
         assert writer.slots_done == 4
         sample.fill(writer)
-    with Writer(location, sample.manifest, sample.labelling, sample.tables, overwrite=True) as writer:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
         assert writer.pending == []
     other = sample.with_manifest(identity={"other": 1})
     with Writer(location, other.manifest, other.labelling, other.tables, overwrite=True) as writer:
@@ -561,7 +578,9 @@ def test_workers_that_overwrite_leave_each_others_cache(location, sample):
     options = {"overwrite": True, "workers": 3}
     writers = []
     for worker in range(3):
-        writer = Writer(location, sample.manifest, sample.labelling, sample.tables, worker=worker, **options)
+        writer = Writer(
+            location, sample.manifest, sample.labelling, sample.tables, worker=worker, **options
+        )
         sample.fill(writer)
         writers.append(writer)
     for writer in writers:
@@ -573,21 +592,28 @@ def test_workers_that_overwrite_leave_each_others_cache(location, sample):
 def test_a_worker_that_comes_late_to_overwriting(location, sample, monkeypatch, other):
     """It saw the old cache; before it can remove it, another has put the new one there."""
     sample.with_manifest(identity={"old": 1}).write(location)
-    real, held = writer_module.remove, []
+    real, held = planning.remove, []
 
     def late(path: Path, unless: Callable[[], bool]) -> None:
-        monkeypatch.setattr(writer_module, "remove", real)
+        monkeypatch.setattr(planning, "remove", real)
         if other == "has removed the old one":
             real(path)
         else:
-            first = Writer(location, sample.manifest, sample.labelling, sample.tables, overwrite=True, workers=2)
+            first = Writer(
+                location,
+                sample.manifest,
+                sample.labelling,
+                sample.tables,
+                overwrite=True,
+                workers=2,
+            )
             sample.fill(first)
             held.append(first)
         if other == "has ended":
             first.close()
         real(path, unless)
 
-    monkeypatch.setattr(writer_module, "remove", late)
+    monkeypatch.setattr(planning, "remove", late)
     options = {"overwrite": True, "worker": 1, "workers": 2}
     with Writer(location, sample.manifest, sample.labelling, sample.tables, **options) as writer:
         assert writer.pending == [range(4, 8)]
@@ -704,7 +730,7 @@ def test_inspect_is_json_and_names_what_is_there(location, sample):
 
 def test_same_bytes_in_both_formats(tmp_path, sample):
     a, b = sample.write(tmp_path / "a.zarr"), sample.write(tmp_path / "b.h5")
-    for name in ("stacks/tokens", "stacks/late", *sample.tables):
+    for name in ("stacks/tokens", "stacks/late", *sample.stored):
         assert raw(a, name).tobytes() == raw(b, name).tobytes(), name
     ledgers = [
         [dataclasses.replace(Record.from_bytes(data.tobytes()), seconds=None) for data in ledger]
