@@ -361,7 +361,7 @@ class Writer:
 
     def _claim(self, start: int, count: int, skipped: Mapping[int, str]) -> tuple[int, _OpenShard]:
         """Take slots for the calling thread; begins their shard with its first ones."""
-        index = start // self.manifest.slots_per_shard
+        index = int(self.manifest.shards_of(np.array(start)))
         with self._lock:
             if self._closed:
                 raise ValueError("the writer is closed")
