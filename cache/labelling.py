@@ -109,8 +109,8 @@ class Labelling:
     rows: how many inputs the cache has.
     groups: names of columns that say what belongs together (a patient, a site, …).
     folds: how many folds the table `fold` tells apart; 0 without that table.
-    source: the `digest` of what the source of the inputs said when it was last asked; it shows
-        whether that has changed since, however the labelling was changed meanwhile.
+    history: the digests of the labellings that the cache has had, this one last: what a source
+        says is news only if it is not among them.
     notes: informational JSON (where the labels came from, how the folds were drawn).
     """
 
@@ -119,11 +119,11 @@ class Labelling:
     splits: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     folds: int = 0
-    source: str = ""
+    history: tuple[str, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("targets", "splits", "groups"):
+        for name in ("targets", "splits", "groups", "history"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "notes", plain_json("notes", self.notes))
         if self.rows < 1:
@@ -209,8 +209,8 @@ class Labelling:
         self, keys: Iterable[str], digests: np.ndarray | None, tables: Mapping[str, np.ndarray]
     ) -> str:
         """SHA-256, in hex, of what is asked of which inputs: the keys and input digests of the
-        rows, and everything here but `source`, `notes` and the slots."""
-        described = {k: v for k, v in self.to_dict().items() if k not in ("source", "notes")}
+        rows, and everything here but `history`, `notes` and the slots."""
+        described = {k: v for k, v in self.to_dict().items() if k not in ("history", "notes")}
         total = hashlib.sha256(canonical_json({**described, "keys": list(keys)}).encode())
         if digests is not None:
             total.update(np.ascontiguousarray(digests).data)
@@ -226,7 +226,7 @@ class Labelling:
             "splits": list(self.splits),
             "groups": list(self.groups),
             "folds": self.folds,
-            "source": self.source,
+            "history": list(self.history),
             "notes": dict(self.notes),
         }
 

@@ -45,7 +45,7 @@ class Plan:
             None if digests is None else digests[slots],
             self.labels,
         )
-        self.labelling = replace(labelling, source=self.digest)
+        self.labelling = replace(labelling, history=(self.digest,))
 
     @property
     def document(self) -> dict[str, Any]:

@@ -140,6 +140,17 @@ class Reader:
         today, or the one that format version 1 gave them."""
         return fingerprint in (self.fingerprint, self.manifest.formerly or self.fingerprint)
 
+    def has(self, table: str) -> bool:
+        """Whether the cache keeps a table of that name."""
+        return table in self.container.document["tables"]
+
+    @property
+    def own_keys(self) -> np.ndarray | None:
+        """The labelling's table of keys; None if each row's key is that of its slot."""
+        if below(self.container.labelling_at, "keys") not in self._row_tables:
+            return None
+        return self.labelling_table("keys")
+
     @functools.cached_property
     def slot_keys(self) -> list[str]:
         """One key per slot, also of those that no row has."""
@@ -149,8 +160,8 @@ class Reader:
     @functools.cached_property
     def keys(self) -> list[str]:
         """One key per row."""
-        if below(self.container.labelling_at, "keys") in self._row_tables:
-            return decode_keys(self.labelling_table("keys"))
+        if (own := self.own_keys) is not None:
+            return decode_keys(own)
         keys = self.slot_keys
         return [keys[slot] for slot in self.slots.tolist()]
 
@@ -236,6 +247,13 @@ class Reader:
     def labelling_table(self, name: str) -> np.ndarray:
         """A fresh copy of one of the labelling's tables. Raises NameMissing, CacheDamaged."""
         return read_labelling_table(self.container, name)
+
+    @property
+    def place_tables(self) -> dict[str, np.ndarray]:
+        """Those of the labelling's tables that say which slot each row has: a labelling of the same
+        rows takes them over."""
+        own = self.own_keys
+        return {"slots": self.slots} | ({} if own is None else {"keys": own})
 
     @functools.cached_property
     def labelling_tables(self) -> dict[str, np.ndarray]:

@@ -43,6 +43,8 @@ from cache.planning import (
 )
 from cache.tables import check_tables, labelling_digest
 
+MOST_HISTORY = 256  # digests of labellings that a cache remembers
+
 
 @dataclass
 class _OpenShard:
@@ -151,8 +153,8 @@ class Writer:
         self._owned = range(self._worker, self.manifest.shards, self._workers)
 
     def _settle_labelling(self, plan: Plan, overwrite: bool) -> None:
-        before = self._container.labelling.source or labelling_digest(self._container)
-        if before == plan.digest:
+        before = labelling_digest(self._container)
+        if plan.digest in (before, *self._container.labelling.history):
             return
         if not overwrite:
             raise LabellingMismatch(
@@ -211,6 +213,9 @@ class Writer:
         its `Labelling.digest`. Raises ValueError for a table that does not fit; NotWritable.
         """
         stored = checked_labels(self.manifest, labelling, tables, tables.keys())
+        old = self._container.labelling.history or (labelling_digest(self._container),)
+        history = (*(each for each in old if each != digest), digest)[-MOST_HISTORY:]
+        labelling = dataclasses.replace(labelling, history=history)
         at = f"labellings/{uuid.uuid4().hex[:12]}"
         placed = {below(at, name): table for name, table in stored.items()}
         document = with_labelling(self._container.document, labelling, digest, placed, at=at)

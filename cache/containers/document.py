@@ -181,7 +181,7 @@ def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
                 **{name: old[name] for name in ("rows", "targets", "splits")},
                 "groups": [],
                 "folds": 0,
-                "source": "",
+                "history": [],
                 "notes": {},
             },
             "labelling_at": "",

@@ -39,7 +39,7 @@ def labellings(draw: st.DrawFn, rows: int | None = None) -> Labelling:
         splits=draw(lists(st.text())),
         groups=draw(lists(NAMES)),
         folds=draw(st.sampled_from([0, 2, 3, 10])),
-        source=draw(st.text(alphabet="0123456789abcdef", max_size=64)),
+        history=draw(lists(st.text(alphabet="0123456789abcdef", max_size=64))),
         notes=draw(NOTES),
     )
 
@@ -102,13 +102,13 @@ def test_the_digest_covers_what_is_asked_of_which_inputs(one, other, seed, other
     def digest(labelling: Labelling, seed: int, keys: Iterable[str] = "abcdef") -> str:
         return labelling.digest(keys, None, tables_of(labelling, seed))
 
-    described = [{**each.to_dict(), "source": "", "notes": {}} for each in (one, other)]
+    described = [{**each.to_dict(), "history": [], "notes": {}} for each in (one, other)]
     tables = [tables_of(one, seed), tables_of(other, other_seed)]
     same = described[0] == described[1] and all(
         tables[0][name].tobytes() == tables[1][name].tobytes() for name in tables[0]
     )
     assert (digest(one, seed) == digest(other, other_seed)) == same
-    aside = dataclasses.replace(one, source="ab", notes={"why": "not"})
+    aside = dataclasses.replace(one, history=("ab",), notes={"why": "not"})
     assert digest(aside, seed) == digest(one, seed)
     assert digest(one, seed, "abcdeg") != digest(one, seed)
     inputs = np.zeros((ROWS, 32), np.uint8)
