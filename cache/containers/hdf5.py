@@ -73,16 +73,16 @@ class Hdf5Container(Container):
             change, failed = journal.pending(path), None
             with files.opened(path) as fd:
                 read = functools.partial(files.read_from, fd)
-                size, writes = os.fstat(fd).st_size, ()
-                if change:
-                    size, writes = change.size, change.writes
-                overlay = Overlay(read, size, writes)
+                size = os.fstat(fd).st_size
+                overlay = Overlay(read, change.size if change else size)
+                overlay.writes += change.writes if change else ()
                 try:
                     container = cls._read(path, overlay)
                 except CacheDamaged as error:
                     failed = error
                 # In this order: a change that began and ended meanwhile is found by its bytes
-                if journal.pending(path) == change and (change or overlay.unchanged()):
+                same = journal.pending(path) == change
+                if same and (change or (os.fstat(fd).st_size == size and overlay.unchanged())):
                     if failed:
                         raise failed
                     return container

@@ -5,24 +5,23 @@ write, in order, and leaves it to us when and how these bytes come to the disk.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 Write = tuple[int, bytes]  # where, what
 
 
 class Overlay(io.RawIOBase):
-    """A file of `size` bytes whose contents `read` gives, under the `writes`, the last on top.
+    """A file of `size` bytes whose contents `read` gives, under `writes`, the last on top.
 
     read: (offset, length) → the bytes there, fewer at the end. size: grows and shrinks with what
     the library does. read_already: every range that came from the file, to look at again.
     """
 
-    def __init__(
-        self, read: Callable[[int, int], bytes], size: int, writes: Sequence[Write] = ()
-    ) -> None:
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
         super().__init__()
-        self.size, self.writes = size, list(writes)
+        self.size = size
+        self.writes: list[Write] = []
         self.read_already: dict[tuple[int, int], bytes] = {}
         self._read, self._at = read, 0
 
