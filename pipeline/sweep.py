@@ -29,7 +29,7 @@ from cache import Reader
 from pipeline.config import Member, PassConfig, TrainConfig, require
 from pipeline.device import pick_device, pick_precision, precision_name
 from pipeline.errors import MissingTaps, RunError, SettingError
-from pipeline.features.operands import feature_spec, initial_weights, labelled_rows
+from pipeline.features.labelled import feature_spec, initial_weights, labelled_rows
 from pipeline.runs.events import FOLDER as EVENTS
 from pipeline.runs.folder import copy_tree, other_names, replace_text
 from pipeline.runs.run import (
