@@ -690,22 +690,19 @@ def _print_refit(refitted: dict[str, Any]) -> None:
 
 def _show_pass(progress: Progress, record: Any, what: str) -> None:
     """One of the records that `train` reports."""
-    from pipeline import train as stage
+    from pipeline import records
 
     match record:
-        case stage.Loading(rows=rows, total=total):
+        case records.Loading(rows=rows, total=total):
             progress.update("loading features", rows, total)
-        case stage.Start():
+        case records.PassStarted():
             progress.note(_start_line(record))
-        case stage.EpochDone(epoch=epoch, epochs=epochs, metric=metric, score=score):
+        case records.EpochDone(epoch=epoch, epochs=epochs, metric=metric, score=score):
             scored = "" if score is None else f", val {metric} {_score_text(metric, score)}"
             detail = f"loss {record.train_loss:.3f}{scored}"
             progress.update(what, epoch, epochs, detail)
-        case stage.MemberStopped(id=member, epoch=epoch, reason=reason):
-            if not reason.startswith("pruned"):
-                progress.note(
-                    f"member {member}: {reason} (epoch {epoch}); it stops, the others go on"
-                )
+        case records.MemberStopped(id=member, epoch=epoch, reason=reason, pruned=False):
+            progress.note(f"member {member}: {reason} (epoch {epoch}); it stops, the others go on")
 
 
 def _start_line(start: Any) -> str:
@@ -822,19 +819,21 @@ def sweep(as_json: bool, refit: list[int] | None, **values: Any) -> None:
       sidecache sweep photos.zarr --space examples/space.yaml --trials 64 --out runs/sweep
     """
     _settle()
+    from pipeline import records
     from pipeline import sweep as stage
+    from pipeline.config import SweepConfig
 
-    config = stage.SweepConfig(**values)
+    config = SweepConfig(**values)
     with Progress() as progress:
 
         def report(record: Any) -> None:
             match record:
-                case stage.RoundStarted(round=number, rounds=rounds, members=members):
+                case records.RoundStarted(round=number, rounds=rounds, members=members):
                     told = f"{record.trials_done} of {record.trials} trials are done"
                     progress.note(f"round {number} of {rounds}: {members} members; {told}")
-                case stage.TrialDone(state="failed", number=number, reason=reason):
+                case records.TrialDone(state="failed", number=number, reason=reason):
                     progress.note(f"trial {number + 1} failed: {reason}")
-                case stage.TrialDone() | stage.MemberStopped():  # both are in the table below
+                case records.TrialDone() | records.MemberStopped():  # both are in the table below
                     pass
                 case _:
                     _show_pass(progress, record, "training")
