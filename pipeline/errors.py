@@ -13,6 +13,8 @@ Each also subclasses the builtin that a caller expects. Every message says what 
 came, and what to do.
 """
 
+from collections.abc import Sequence
+
 
 class PipelineError(Exception):
     """Root of everything that pipeline raises on purpose."""
@@ -51,3 +53,11 @@ def gist(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     short = " ".join(lines[:2]).rstrip(". ") or type(error).__name__
     return short if len(short) <= 200 else short[:200].rsplit(" ", 1)[0] + " …"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """A list as messages show it: `a, b, c and 2 more`; `nothing` where it is empty."""
+    if not names:
+        return "nothing"
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -45,9 +45,10 @@ from pipeline.device import (
 from pipeline.errors import ImageError, SettingError
 from pipeline.features.writing import Layout, TokenBuffer, plan_layout
 from pipeline.side.ladder import keep_layers
-from pipeline.sources.decoding import ImageBatch, image_batches
+from pipeline.sources.batches import ImageBatch, image_batches
+from pipeline.sources.decode import is_deep_grey
 from pipeline.sources.open import open_source
-from pipeline.sources.source import Labels, Source, is_deep_grey, source_digests
+from pipeline.sources.source import Source, TargetColumn, source_digests
 
 WRITERS = 2  # threads that write, each from a buffer of its own; one more is being filled
 
@@ -362,7 +363,7 @@ def _manifest(
     )
 
 
-def _identity_of(targets: Sequence[Labels]) -> dict[str, Any]:
+def _identity_of(targets: Sequence[TargetColumn]) -> dict[str, Any]:
     """Of what is to be predicted: the class "label" alone as ever, anything else by name."""
     if [(target.name, target.kind) for target in targets] == [("label", "class")]:
         (label,) = targets
@@ -460,7 +461,7 @@ class _FisherImages:
             )
 
 
-def _fisher_target(source: Source) -> Labels:
+def _fisher_target(source: Source) -> TargetColumn:
     """The classes that the loss for the Fisher information tells apart."""
     for target in source.targets:
         if target.kind == "class":
@@ -472,7 +473,7 @@ def _fisher_target(source: Source) -> Labels:
     )
 
 
-def _fisher_rows(config: ExtractConfig, source: Source, target: Labels) -> list[int]:
+def _fisher_rows(config: ExtractConfig, source: Source, target: TargetColumn) -> list[int]:
     """Numbers of all labelled training images, in an order drawn from --seed."""
     known = target.values >= 0
     labelled = [i for i, row in enumerate(source.rows) if row.split == "train" and known[i]]

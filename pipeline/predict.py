@@ -11,7 +11,9 @@ from torch import Tensor
 from pipeline.backbones.behind import go_live
 from pipeline.device import pick_device
 from pipeline.runs.run import Run, TrainedMember
-from pipeline.sources.source import FileSource, Row, photos
+from pipeline.sources.decode import REPAIR
+from pipeline.sources.folders import photos
+from pipeline.sources.source import FileSource, Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ def predict(
         rows=[Row(key=path, split="photos") for path in files],
         description="photographs",
         paths=files,
+        advice=REPAIR,
     )
     live = go_live(trained, weights=weights, device=chosen, amp=amp)
     out: list[Prediction] = []

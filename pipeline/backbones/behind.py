@@ -17,7 +17,7 @@ from pipeline.backbones.timm_models import Backbone, Preprocessing, load_backbon
 from pipeline.device import pick_precision, without_tf32
 from pipeline.errors import BackboneError
 from pipeline.runs.run import TrainedMember
-from pipeline.sources.decoding import image_batches
+from pipeline.sources.batches import image_batches
 from pipeline.sources.source import Source
 
 

@@ -32,7 +32,7 @@ from pipeline.features.taps import (
 )
 from pipeline.side import TokenShape
 from pipeline.side.gather import Gather, pool_both
-from pipeline.sources.decoding import ImageBatch
+from pipeline.sources.batches import ImageBatch
 from pipeline.sources.source import Source
 
 

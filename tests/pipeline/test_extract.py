@@ -28,7 +28,7 @@ from pipeline import extract as stage
 from pipeline.backbones.timm_models import Preprocessing, load_backbone
 from pipeline.errors import ImageError, SettingError
 from pipeline.extract import Skipped, extract
-from pipeline.sources.decoding import image_batches
+from pipeline.sources.batches import image_batches
 from pipeline.sources.open import open_source
 
 CPU = torch.device("cpu")
