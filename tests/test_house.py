@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATIONS = ["pipeline.process", "pipeline.device", "pipeline.config", "pipeline.errors"]
+FOUNDATIONS = [
+    "pipeline.process",
+    "pipeline.device",
+    "pipeline.records",
+    "pipeline.config",
+    "pipeline.errors",
+]
 ROOMS = [
     "cli",
     "pipeline.terminal",
@@ -167,6 +173,7 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_importing_cache_or_cli_loads_nothing_heavy() -> None:
     assert not loaded_by("import cache") & {"torch", "timm", "zarr", "h5py"}
+    assert not loaded_by("import pipeline.records") & {"torch", "numpy"}
     assert not loaded_by("import cli") & {"torch", "timm", "zarr", "h5py", "rich", "numpy"}
 
 
