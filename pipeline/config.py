@@ -1,7 +1,7 @@
 """What a command was asked to do: one frozen, validated object each; the only source of defaults.
 
-`cli.py` makes its flags' defaults from these, `train` writes its own, resolved, into the run
-directory. YAML in (`read_yaml`) knows exactly these field names.
+Flags, their help and docs/cli.md are made from these (`setting`), `train` writes its own, resolved,
+into the run directory. YAML in (`read_yaml`) knows exactly these field names.
 """
 
 from __future__ import annotations
@@ -10,14 +10,39 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from pipeline.errors import SettingError
+from pipeline.setting import setting, wrong_choices
 
-GATHERS = ("none", "sum", "normsum")  # normsum: each map normalised before it is added
+DTYPES = ("float16", "bfloat16", "float32", "int8")
+
+# what several commands have
+_taps = partial(setting, "all", help="all, 0,3,6, every:N or last:N.")
+_gather = partial(
+    setting,
+    "none",
+    choices=("none", "sum", "normsum"),  # normsum: each map normalised before it is added
+    help="Store the sum of the taps alone (MIET); normsum normalises each first.",
+)
+_gather_k = partial(setting, None, help="Sum z0 … zK.", unset="the deepest tap")
+_gather_pooled = partial(
+    setting, False, help="Keep zK's pooled tokens too (miet --head last)."
+)
+_gather_groups = partial(setting, 1, help="That many sums over runs of taps.")
+_split = partial(setting, None, help="Only these splits, e.g. train,val.")
+_data_dir = partial(setting, None, help="Where a timm dataset string finds its files.")
+_input_key = partial(setting, None, help="Its column of images.", unset="timm's, mostly image")
+_target_key = partial(setting, None, help="Its column of labels.", unset="timm's, mostly label")
+_device = partial(setting, "auto", help="auto, cpu, cuda or cuda:N.")
+_amp = partial(
+    setting,
+    None,
+    help="bfloat16 products, or float32 throughout.",
+    unset="what the run began in, or what the hardware does fast",
+)
 
 
 def require(config: object, condition: bool, name: str, expected: str) -> None:
@@ -26,53 +51,66 @@ def require(config: object, condition: bool, name: str, expected: str) -> None:
         raise SettingError(f"{name} = {getattr(config, name)!r}: expected {expected}")
 
 
+def require_choices(config: object) -> None:
+    """Refuse a field whose value is none of its choices, as `require` does."""
+    for name, expected in wrong_choices(config):
+        require(config, False, name, expected)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """Stage one. `images` and what is said of a timm dataset string (`data_dir`, `input_key`,
     `target_key`, `dataset_download`) as `open_source` takes them; None means the backbone's own
     value. Raises SettingError when it is made with an impossible value."""
 
-    images: str
-    model: str
-    out: str
-    weights: str | None = None
-    pretrained: bool = True
-    split: tuple[str, ...] | None = None
-    data_dir: str | None = None
-    input_key: str | None = None
-    target_key: str | None = None
-    dataset_download: bool = False
-    taps: str = "all"
-    gather: str = "none"
-    gather_k: int | None = None
-    gather_groups: int = 1
-    gather_pooled: bool = False
-    dtype: str = "float16"
-    ladder_init: str | None = None
-    reduction: int = 8
-    keep_layers: str = "all"
-    fisher_samples: int = 1024
-    img_size: tuple[int, int] | None = None
-    crop_pct: float | None = None
-    crop_mode: str | None = None
-    interpolation: str | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    batch_size: int = 64
-    workers: int = 2
-    device: str = "auto"
-    amp: bool | None = None
-    seed: int = 0
-    on_error: str = "raise"
-    overwrite: bool = False
+    images: str = setting(argument=True)
+    model: str = setting(help="timm's name of a backbone (`sidecache models`).")
+    out: str = setting(help="The cache: a folder F.zarr or a file F.h5.")
+    weights: str | None = setting(None, path="any", help="Weights from a file, not the hub.")
+    pretrained: bool = setting(True, help="Random weights, from --seed.")
+    split: tuple[str, ...] | None = _split()
+    data_dir: str | None = _data_dir()
+    input_key: str | None = _input_key()
+    target_key: str | None = _target_key()
+    dataset_download: bool = setting(False, help="Let torch/… fetch what is not there.")
+    taps: str = _taps()
+    gather: str = _gather()
+    gather_k: int | None = _gather_k()
+    gather_pooled: bool = _gather_pooled()
+    gather_groups: int = _gather_groups()
+    dtype: str = setting(
+        "float16", choices=DTYPES, help="Storage type; int8 has one scale a token."
+    )
+    ladder_init: str | None = setting(
+        None,
+        choices=("magnitude", "fisher"),
+        help="Keep pruned backbone weights for LST to start from.",
+    )
+    reduction: int = setting(8, help="LST's r, with --ladder-init.")
+    keep_layers: str = setting("all", help="LST's layers, with --ladder-init.")
+    fisher_samples: int = setting(1024, help="Training images weighed by.")
+    img_size: tuple[int, int] | None = setting(None, help="Input side.", unset="the model's own")
+    crop_pct: float | None = setting(None, help="Share kept by the centre crop.")
+    crop_mode: str | None = setting(None, choices=("center", "squash", "border"))
+    interpolation: str | None = setting(None, help="bicubic, bilinear, …")
+    mean: tuple[float, float, float] | None = setting(None, help="Normalisation mean.")
+    std: tuple[float, float, float] | None = setting(None, help="Normalisation deviation.")
+    batch_size: int = setting(64, short="b")
+    workers: int = setting(2, short="j", help="Decoding processes.")
+    device: str = _device()
+    amp: bool | None = _amp()
+    seed: int = setting(0, help="Of --no-pretrained's weights.")
+    on_error: str = setting(
+        "raise", choices=("raise", "skip"), help="What an unreadable image does."
+    )
+    overwrite: bool = setting(False, help="Replace a cache of another identity.")
 
-    LADDER_INITS = (None, "magnitude", "fisher")
     PREPROCESSING = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(self, self.batch_size >= 1, "batch_size", "1 or more")
         require(self, self.workers >= 0, "workers", "0 or more")
-        require(self, self.on_error in ("raise", "skip"), "on_error", "raise or skip")
         require(
             self,
             self.img_size is None or all(side >= 1 for side in self.img_size),
@@ -82,10 +120,7 @@ class ExtractConfig:
         require(
             self, self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0, at most 1"
         )
-        modes = (None, "center", "squash", "border")
-        require(self, self.crop_mode in modes, "crop_mode", "center, squash or border")
         _check_gather(self)
-        require(self, self.ladder_init in self.LADDER_INITS, "ladder_init", "magnitude or fisher")
         require(
             self,
             self.ladder_init is None or self.gather == "none",
@@ -105,18 +140,19 @@ class CopyConfig:
     """A smaller cache from a cache. `dtype` None keeps the storage type, `split` None all rows;
     `gather` as in ExtractConfig."""
 
-    src: str
-    dst: str
-    taps: str = "all"
-    gather: str = "none"
-    gather_k: int | None = None
-    gather_groups: int = 1
-    gather_pooled: bool = False
-    dtype: str | None = None
-    split: tuple[str, ...] | None = None
-    overwrite: bool = False
+    src: str = setting(argument=True)
+    dst: str = setting(argument=True)
+    taps: str = _taps()
+    gather: str = _gather()
+    gather_k: int | None = _gather_k()
+    gather_pooled: bool = _gather_pooled()
+    gather_groups: int = _gather_groups()
+    dtype: str | None = setting(None, choices=DTYPES, help="Storage type.", unset="SRC's")
+    split: tuple[str, ...] | None = _split()
+    overwrite: bool = setting(False, help="Replace a cache of another identity.")
 
     def __post_init__(self) -> None:
+        require_choices(self)
         same = Path(self.src).absolute() == Path(self.dst).absolute()
         require(self, not same, "dst", "a new location; src is the same place")
         _check_gather(self)
@@ -124,7 +160,6 @@ class CopyConfig:
 
 def _check_gather(config: ExtractConfig | CopyConfig) -> None:
     gathers = config.gather != "none"
-    require(config, config.gather in GATHERS, "gather", ", ".join(GATHERS))
     require(config, gathers or config.gather_k is None, "gather_k", "none without --gather")
     require(config, gathers or config.gather_groups == 1, "gather_groups", "1 without --gather")
     require(config, gathers or not config.gather_pooled, "gather_pooled", "False without --gather")
@@ -142,22 +177,21 @@ class Member:
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    epochs: int = 30
-    warmup_epochs: int = None  # type: ignore[assignment]  # a number once it is made
-    warmup_lr: float = 1e-7
-    sched: str = "cosine"
-    drop_path: float = 0.0
-    smoothing: float = 0.0
-    seed: int = 0
-    task: str = ""
-
-    SCHEDULES = ("cosine", "constant")
+    lr: float = setting(2e-3, help="Learning rate.")
+    weight_decay: float = setting(0.05, help="Not on biases and norms.")
+    epochs: int = setting(30, help="With the warm-up.")
+    warmup_epochs: int = setting(None, help="The first of the epochs.", unset="3")  # set once made
+    warmup_lr: float = setting(1e-7, help="Where the warm-up begins.")
+    sched: str = setting("cosine", choices=("cosine", "constant"), help="cosine or constant.")
+    drop_path: float = setting(0.0, help="Of each residual branch and image.")
+    smoothing: float = setting(0.0, help="Label smoothing.")
+    seed: int = setting(0, help="Initialisation and drop-path.")
+    task: str = setting("", help="Targets to learn.", unset="the cache's first")
 
     def __post_init__(self) -> None:
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", fitting_warmup(self.epochs))
+        require_choices(self)
         require(self, self.lr > 0, "lr", "above 0")
         require(self, self.weight_decay >= 0, "weight_decay", "0 or more")
         require(self, self.epochs >= 1, "epochs", "1 or more")
@@ -167,7 +201,6 @@ class Member:
             "warmup_epochs",
             f"0 or more, fewer than the {self.epochs} epochs that include them",
         )
-        require(self, self.sched in self.SCHEDULES, "sched", " or ".join(self.SCHEDULES))
         require(self, 0 <= self.drop_path < 1, "drop_path", "from 0 to below 1")
         require(self, 0 <= self.smoothing < 1, "smoothing", "from 0 to below 1")
         require(self, self.seed >= 0, "seed", "0 or more")
@@ -193,25 +226,26 @@ class PassConfig:
     does not decide the result; `amp` does by the precision that it comes to, which a run records.
     """
 
-    cache: str
-    out: str
-    taps: str = "all"
-    train_split: tuple[str, ...] = ("train",)
-    val_split: tuple[str, ...] = ("val",)
-    batch_size: int = 32
-    order_seed: int = 0
-    resident: str = "auto"
-    device: str = "auto"
-    amp: bool | None = None
-    overwrite: bool = False
+    cache: str = setting(argument=True)
+    out: str = setting(help="The run directory to make, or to continue.")
+    taps: str = setting("all", help="Use only these of the cache's.")
+    train_split: tuple[str, ...] = setting(("train",))
+    val_split: tuple[str, ...] = setting(("val",), help="Or none.")
+    batch_size: int = setting(32, short="b", help="Of the pass.")
+    order_seed: int = setting(0, help="Order of batches.")
+    resident: str = setting(
+        "auto", choices=("auto", "device", "ram", "disk"), help="Where the features live."
+    )
+    device: str = _device()
+    amp: bool | None = _amp()
+    overwrite: bool = setting(False, help="Replace another run in --out.")
 
-    RESIDENTS = ("auto", "device", "ram", "disk")
     FREE: ClassVar[tuple[str, ...]] = ("cache", "out", "resident", "device", "amp", "overwrite")
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(self, self.batch_size >= 1, "batch_size", "1 or more")
         require(self, self.order_seed >= 0, "order_seed", "0 or more")
-        require(self, self.resident in self.RESIDENTS, "resident", ", ".join(self.RESIDENTS))
         require(self, len(self.train_split) >= 1, "train_split", "one split or more")
         both = set(self.train_split) & set(self.val_split)
         require(self, not both, "val_split", "splits that are not trained on as well")
@@ -251,6 +285,8 @@ def cross(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def read_yaml(path: str | Path, known: Sequence[str]) -> dict[str, Any]:
     """Defaults from a file; SettingError names a key that is not in `known`, and the file."""
+    import yaml  # not for `--help`
+
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
