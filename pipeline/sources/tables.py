@@ -112,8 +112,9 @@ def table_rows(
         for number, column in enumerate(columns)
     )
     place_of: dict[str, str] = {}
+    root = folder.absolute()
     for line in lines:
-        same = line.name if by_key else os.path.normpath(folder.absolute() / line.name)
+        same = line.name if by_key else os.path.normpath(root / line.name)
         if same in place_of:
             raise SourceError(
                 f"{line.place}: {line.name} is listed already: {place_of[same]}; keep one"
@@ -124,7 +125,7 @@ def table_rows(
         description=description,
         folder=folder,
         names=tuple(line.name for line in lines),
-        keys=tuple(line.name if by_key else _key(line.name, folder) for line in lines),
+        keys=tuple(line.name if by_key else _key(line.name, root) for line in lines),
         places=tuple(line.place for line in lines),
         splits=splits if len(splits) == len(lines) else None,
         targets=targets,
@@ -136,10 +137,10 @@ def table_rows(
     )
 
 
-def _key(path: str, folder: Path) -> str:
-    """Relative to the folder, so that data can move; absolute only if listed so and outside."""
-    if Path(path).is_absolute() and Path(path).is_relative_to(folder.absolute()):
-        path = str(Path(path).relative_to(folder.absolute()))
+def _key(path: str, root: Path) -> str:
+    """Relative to the root, so that data can move; absolute only if listed so and outside."""
+    if Path(path).is_absolute() and Path(path).is_relative_to(root):
+        path = str(Path(path).relative_to(root))
     return Path(os.path.normpath(path)).as_posix()
 
 
@@ -208,7 +209,7 @@ def _read(path: Path, classes: Classes, *, files: bool) -> TableRows:
     return table_rows(
         lines,
         header.columns,
-        description=f"CSV file {path}",
+        description=f"{(path.suffix[1:] or 'CSV').upper()} file {path}",
         folder=path.parent,
         classes=classes,
         by_key=header.name == "key",
@@ -236,8 +237,7 @@ class _Header:
         wrong = [title for title in needed if titles.count(title) != 1]
         wrong += [title for title in ("label", "split") if titles.count(title) > 1]
         if wrong:
-            named = name if files else "path' or 'key"
-            wanted = named if wrong[0] == name else wrong[0]
+            wanted = "path' or 'key" if wrong[0] == "path" and not files else wrong[0]
             raise SourceError(
                 f"{place}: expected the header path,label[,split] with one column '{wanted}', "
                 f"separated by {separator}s (in place of label, for other targets: label:NAME, "

@@ -1,4 +1,4 @@
-"""CSV: rows, splits and targets of each kind; every message that a faulty one earns."""
+"""CSV and TSV: rows, splits, targets of each kind, lists without files, and every message."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import fails, numbers_of, put, tree, triples
+from image_files import fails, numbers_of, put, says, tree, triples
 
 from cache import Target
 from pipeline.errors import SourceError
 from pipeline.sources.open import open_source
+from pipeline.sources.tables import read_table
 
 
 def test_csv_keeps_file_order(tmp_path: Path) -> None:
@@ -212,3 +213,93 @@ def test_a_column_may_have_the_names_that_a_cache_takes(tmp_path: Path, name: st
         fails(several(tmp_path, f"path,value:{name}\n0.png,1\n"), "lower-case letters")
     else:
         assert open_source(several(tmp_path, f"path,value:{name}\n0.png,1\n")).target(name)
+
+
+# ---- lists whose files are not opened
+
+
+def test_a_table_is_read_without_its_files(tmp_path: Path) -> None:
+    table = read_table(put(tmp_path / "list.csv", SEVERAL.replace("0.png", "./x/../0.png")))
+    assert table.keys == ("0.png", "1.png", "2.png", "3.png")
+    assert table.names[0] == "./x/../0.png"
+    assert table.splits == ("train", "train", "val", "test")
+    assert table.places[2] == f"{tmp_path / 'list.csv'}, line 4"
+    assert dict(table.others) == {"note": ("x", "", "y", "z")}
+    source = open_source(several(tmp_path))
+    for target, same in zip(table.targets, source.targets, strict=True):
+        assert (target.name, target.kind, target.classes) == (same.name, same.kind, same.classes)
+        np.testing.assert_array_equal(target.values, same.values)
+
+
+def test_rows_may_be_named_by_their_keys(tmp_path: Path) -> None:
+    text = "key,path,group,group2\nset/a/1.png,x,p1,\nset/a/2.png,x,p2,\n../b.png,x,p1,\n"
+    table = read_table(put(tmp_path / "list.csv", text))
+    assert table.keys == ("set/a/1.png", "set/a/2.png", "../b.png")
+    assert table.splits is None and table.targets == ()
+    assert table.column("group") == ("p1", "p2", "p1")
+    assert table.column("path") == ("x", "x", "x")
+    with pytest.raises(SourceError) as caught:
+        table.column("patient")
+    says(caught.value, "list.csv", "one column 'patient'", "there is path, group, group2")
+
+
+def test_paths_of_a_table_are_keys_of_a_cache(tmp_path: Path) -> None:
+    text = f"path,value:age\n{tmp_path}/a.png,1\n../b.png,2\nc/./d.png,3\n/e.png,4\n"
+    table = read_table(put(tmp_path / "list.csv", text))
+    assert table.keys == ("a.png", "../b.png", "c/d.png", "/e.png")
+
+
+def test_labels_of_a_table_are_numbered_by_the_classes_of_a_cache(tmp_path: Path) -> None:
+    path = put(tmp_path / "list.csv", "key,label\na,dog\nb,-1\nc,2\n")
+    table = read_table(path, classes={"label": ("cat", "dog", "eel")})
+    assert table.targets[0].classes == ("cat", "dog", "eel")
+    assert table.targets[0].values.tolist() == [1, -1, 2]
+    with pytest.raises(SourceError) as caught:
+        read_table(path, classes={"label": ("cat", "dog")})
+    says(caught.value, "line 4: the label '2'", "2 known classes: cat, dog")
+
+
+def test_fields_of_a_tsv_are_separated_by_tabs(tmp_path: Path) -> None:
+    tree(tmp_path, "a, b.png", "c.png")
+    path = put(tmp_path / "list.TSV", "path\tlabel\tsplit\na, b.png\tx\ttest\nc.png\ty\tval\n")
+    assert triples(open_source(path)) == [("a, b.png", 0, "test"), ("c.png", 1, "val")]
+    assert read_table(path).splits == ("test", "val")
+    put(path, "path,label\n")
+    fails(path, "line 1", "separated by tabs", "found path,label")
+    put(path, "path\tlabel\na.png\tx\ty\n")
+    fails(path, "line 2", "3 fields", "holds a tab")
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("", ("line 1", "one column 'path' or 'key'", "found nothing")),
+        ("name,label\na,x\n", ("line 1", "'path' or 'key'", "found name,label")),
+        ("path,path\na,x\n", ("line 1", "'path' or 'key'", "found path,path")),
+        ("key,key\na,x\n", ("line 1", "one column 'key'", "found key,key")),
+        ("key,label,label\na,x,y\n", ("line 1", "one column 'label'")),
+        ("key,split,split\na,x,y\n", ("line 1", "one column 'split'")),
+        ("key,label\na,x\n,y\n", ("line 3: key is empty",)),
+        ("key,split\na,\n", ("line 2: split is empty",)),
+        ("key,label\na,x\nb,x\na,y\n", ("line 4: a is listed already", "line 2; keep one")),
+        ("path,label\na/b,x\na/./b,y\n", ("line 3: a/./b is listed already", "line 2")),
+        ("key,value:age\na,1\nb,old\n", ("line 3, value:age: expected a finite number",)),
+        ("key,label:a,value:b\na,x,\n", ("line 2 to the end: value:b is empty",)),
+        ('key,label\n"a,x\n', ("line 2: not a CSV line",)),
+    ],
+)
+def test_errors_of_a_table(tmp_path: Path, text: str, fragments: tuple[str, ...]) -> None:
+    path = put(tmp_path / "list.csv", text)
+    with pytest.raises(SourceError) as caught:
+        read_table(path)
+    says(caught.value, str(path), *fragments)
+
+
+def test_a_table_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"none\.csv: cannot be read: No such file"):
+        read_table(tmp_path / "none.csv")
+
+
+def test_a_table_read_for_its_files_needs_paths(tmp_path: Path) -> None:
+    fails(put(tmp_path / "list.csv", "key,label\na,x\n"), "line 1", "one column 'path'")
+    fails(put(tmp_path / "list.csv", "path,split\na,x\n"), "line 1", "one column 'label'")
