@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATIONS = ["pipeline.process", "pipeline.device", "pipeline.config", "pipeline.errors"]
+FOUNDATIONS = [
+    "pipeline.process",
+    "pipeline.device",
+    "pipeline.records",
+    "pipeline.config",
+    "pipeline.errors",
+]
 ROOMS = [
     "cli",
     "pipeline.terminal",
@@ -46,13 +52,9 @@ ONLY_IN = {  # package → the files, or rooms, that may import it
     "yaml": {"pipeline.config", "pipeline.runs.run", "pipeline.search.space", "pipeline.sweep"},
     "optuna": {"pipeline.search.proposals"},
 }
-READERS_OF_CACHE = {
-    "cli",
-    "pipeline.terminal",
-    "pipeline",
-    "pipeline.features",
-    "pipeline.pages",
-}  # rooms
+READERS_OF_CACHE = {  # rooms
+    *("cli", "pipeline.terminal", "pipeline", "pipeline.features", "pipeline.pages")
+}
 PLAIN_FILES = {"pipeline.runs.folder": "cache.files"}  # it knows no cache, nor does who imports it
 
 
@@ -167,6 +169,7 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_importing_cache_or_cli_loads_nothing_heavy() -> None:
     assert not loaded_by("import cache") & {"torch", "timm", "zarr", "h5py"}
+    assert not loaded_by("import pipeline.records") & {"torch", "numpy"}
     assert not loaded_by("import cli") & {"torch", "timm", "zarr", "h5py", "rich", "numpy"}
 
 
