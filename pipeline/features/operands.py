@@ -29,8 +29,9 @@ from torch import Tensor
 from cache import Reader, Stack, Target
 from pipeline.device import record_event
 from pipeline.errors import SettingError
+from pipeline.features.casting import HostBuffer, host_buffer, restore
 from pipeline.features.memory import free_memory
-from pipeline.features.taps import HostBuffer, choose_taps, host_buffer, restore
+from pipeline.features.taps import choose_taps
 from pipeline.side import FeatureSpec, Operands, SideNetwork, TokenShape
 from pipeline.tasks.metrics import Task
 
