@@ -1,7 +1,7 @@
 """What a command was asked to do: one frozen, validated object each; the only source of defaults.
 
 Flags, their help and docs/cli.md are made from these (`setting`), `train` writes its own, resolved,
-into the run directory. YAML in (`read_yaml`) knows exactly these field names.
+into the run directory. A --config file knows exactly these field names.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ _gather = partial(
     help="Store the sum of the taps alone (MIET); normsum normalises each first.",
 )
 _gather_k = partial(setting, None, help="Sum z0 … zK.", unset="the deepest tap")
-_gather_pooled = partial(
-    setting, False, help="Keep zK's pooled tokens too (miet --head last)."
-)
+_gather_pooled = partial(setting, False, help="Keep zK's pooled tokens too (miet --head last).")
 _gather_groups = partial(setting, 1, help="That many sums over runs of taps.")
 _split = partial(setting, None, help="Only these splits, e.g. train,val.")
 _data_dir = partial(setting, None, help="Where a timm dataset string finds its files.")
@@ -287,19 +285,23 @@ class SweepConfig(PassConfig):
     stopped there.
     """
 
-    space: str
-    trials: int | None = None
-    sampler: str = "tpe"
-    sampler_seed: int = 0
-    at_once: int = 16
-    halving: bool = False
+    space: str = setting(
+        path="there", help="YAML file: setting: value, list of values, or {low, high, log, step}."
+    )
+    trials: int | None = setting(None, help="Members to propose.", unset="all, with --sampler grid")
+    sampler: str = setting(
+        "tpe",
+        choices=("tpe", "random", "grid"),
+        help="tpe learns from earlier rounds; grid tries every combination.",
+    )
+    sampler_seed: int = setting(0, help="Same seed, same proposals.")
+    at_once: int = setting(16, help="Members trained in one pass.")
+    halving: bool = setting(False, help="Stop members early that lag behind others.")
 
-    SAMPLERS = ("tpe", "random", "grid")
     FREE = (*PassConfig.FREE, "space", "trials", "at_once")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, self.sampler in self.SAMPLERS, "sampler", ", ".join(self.SAMPLERS))
         require(
             self,
             self.trials is not None or self.sampler == "grid",
@@ -323,29 +325,70 @@ class SweepConfig(PassConfig):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Which members of a run are scored, on which splits, from a cache or from `images`."""
+
+    run: str = setting(argument=True)
+    images: str | None = setting(None, argument=True)
+    members: tuple[str, ...] = setting(
+        (),
+        flag="--member",
+        help="Member ids, or all.",
+        unset="the best on validation; all of a refit",
+    )
+    task: str | None = setting(None, help="Of a run with several.", unset="the best member of each")
+    cache: str | None = setting(None, help="Another cache than the run's own.")
+    split: tuple[str, ...] = setting(("test",))
+    data_dir: str | None = _data_dir()
+    input_key: str | None = _input_key()
+    target_key: str | None = _target_key()
+    weights: str | None = setting(None, path="any", help="Backbone weights, with IMAGES.")
+    batch_size: int = setting(64, short="b", help="With IMAGES.")
+    workers: int = setting(2, short="j", help="With IMAGES.")
+    device: str = _device()
+    amp: bool | None = _amp()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Which runs a page is about, and what it looks closely at."""
+
+    runs: tuple[str, ...] = setting(argument=True)
+    out: str | None = setting(None, path="file", help="The page.", unset="RUN/report.html")
+    member: str | None = setting(
+        None, help="Look closely at this one.", unset="the best on validation"
+    )
+    images: str | None = setting(
+        None, help="The cache's images, as in `extract`: thumbnails of mistakes."
+    )
+    data_dir: str | None = _data_dir()
+    input_key: str | None = _input_key()
+    target_key: str | None = _target_key()
+    device: str = _device()
+    amp: bool | None = _amp()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Which member of a run says what about which photographs."""
+
+    run: str = setting(argument=True)
+    photos: tuple[str, ...] = setting(argument=True)
+    top_k: int = setting(5)
+    member: str | None = setting(None, help="Member id.", unset="the best on validation")
+    task: str | None = setting(None, help="Whose best member, in a run of several tasks.")
+    weights: str | None = setting(None, path="any", help="Backbone weights from a file.")
+    batch_size: int = setting(64, short="b")
+    workers: int = setting(0, short="j", help="Decoding processes.")
+    device: str = _device()
+    amp: bool | None = _amp()
+
+
 def cross(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Lists multiply: {"lr": [1, 2], "seed": [0, 1]} → four dicts, the last axis fastest."""
     names = list(axes)
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-def read_yaml(path: str | Path, known: Sequence[str]) -> dict[str, Any]:
-    """Defaults from a file; SettingError names a key that is not in `known`, and the file."""
-    import yaml  # not for `--help`
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingError(f"--config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise SettingError(f"--config {path}: expected `name: value` lines")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise SettingError(
-            f"--config {path}: unknown key {', '.join(unknown)}; known are {', '.join(known)}"
-        )
-    return values
 
 
 def _plain(value: Any) -> Any:

@@ -23,30 +23,30 @@ class Setting:
     """What is known of the field `name`.
 
     `type` leaves None out: int, float, str, bool, or a tuple of them. `default` is MISSING where a
-    value must be given; `unset` says in words what None comes to. `choices` are all values that can
-    be. `argument`: its place on a command line says what it is, no flag does. `short` is a second,
-    one-letter flag. `path` is what a text must be the path of: "any", a "file" (there or not), a
-    file that is "there". `reads`: it decides what is read of a cache.
+    value must be given; `unset` says in words what None, or nothing, comes to. `choices` are all
+    values that can be. `flag` is made of the name unless another is said; `short` is a second flag
+    of one letter. `argument`: its place on a command line says what it is, no flag does. `path` is
+    what a text must be the path of: "any", a "file" (there or not), a file that is "there".
+    `commas`: a value has commas of its own, spaces tell several apart. `reads`: it decides what is
+    read of a cache.
     """
 
     name: str = ""
     type: Any = str
-    default: Any = MISSING
+    default: Any
     help: str = ""
+    flag: str = ""
     unset: str = ""
     choices: tuple[str, ...] = ()
     argument: bool = False
     short: str = ""
     path: str = ""
+    commas: bool = False
     reads: bool = False
 
     @property
     def required(self) -> bool:
         return self.default is MISSING
-
-    @property
-    def flag(self) -> str:
-        return f"--{self.name.replace('_', '-')}"
 
     def words(self, value: Any) -> list[str]:
         """The part of a command line that says `value`; none where that is the absence of one."""
@@ -66,18 +66,22 @@ def setting(default: Any = MISSING, **about: Any) -> Any:
 def settings_of(config: type) -> dict[str, Setting]:
     """The settings among a dataclass's fields, by name."""
     hints = typing.get_type_hints(config)
-    return {
-        f.name: dataclasses.replace(f.metadata[_ABOUT], name=f.name, type=_type(hints[f.name]))
-        for f in dataclasses.fields(config)
-        if _ABOUT in f.metadata
-    }
+    found: dict[str, Setting] = {}
+    for f in dataclasses.fields(config):
+        if about := f.metadata.get(_ABOUT):
+            flag = about.flag or f"--{f.name.replace('_', '-')}"
+            kind = _type(hints[f.name])
+            found[f.name] = dataclasses.replace(about, name=f.name, type=kind, flag=flag)
+    return found
 
 
 def wrong_choices(config: Any) -> Iterator[tuple[str, str]]:
-    """Names of a configuration's fields whose value is no choice of theirs, and what is expected."""
+    """Names of the fields whose value is none of their choices, and what is expected."""
     for f in dataclasses.fields(config):
-        about = f.metadata.get(_ABOUT, Setting())
-        if about.choices and getattr(config, f.name) not in (about.default, *about.choices):
+        about = f.metadata.get(_ABOUT)
+        if about is None or not about.choices:
+            continue
+        if getattr(config, f.name) not in (about.default, *about.choices):
             yield f.name, (" or " if len(about.choices) == 2 else ", ").join(about.choices)
 
 

@@ -32,7 +32,7 @@ from pipeline.errors import SettingError
 from pipeline.features.casting import HostBuffer, host_buffer, restore
 from pipeline.features.memory import free_memory
 from pipeline.features.taps import choose_taps
-from pipeline.side import FeatureSpec, Operands, SideNetwork, TokenShape
+from pipeline.side.contract import FeatureSpec, Operands, SideNetwork, TokenShape
 from pipeline.tasks.metrics import Task
 
 READERS = 4  # threads

@@ -135,9 +135,10 @@ def _run_of(taps: Any) -> str:
     return taps[0] if len(taps) == 1 else f"{taps[0]}…{taps[-1]} ({len(taps)})"
 
 
-def training(progress: Progress, what: str = "training") -> Report:
+def training(progress: Progress, what: str = "training") -> Callable[[TrainRecord], None]:
     """Shows the records of `train`."""
-    def report(record: Any) -> None:
+
+    def report(record: TrainRecord) -> None:
         match record:
             case Loading(rows=rows, total=total):
                 progress.update("loading features", rows, total)

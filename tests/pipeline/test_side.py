@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.side import METHODS, FeatureSpec, SideNetwork
+from pipeline.side import METHODS
+from pipeline.side.contract import FeatureSpec, SideNetwork
 from pipeline.side.last import LAST, LASTSettings
 from pipeline.side.rank_space import Attention, Plan
 
@@ -84,7 +85,7 @@ class TestContract:
         self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
     ) -> None:
         network = build(make_spec(), method, settings)
-        assert (network.drop_sites > 0) == METHODS[method].drops
+        assert (network.drop_sites > 0) == METHODS[method].settings_class.drops
 
     def test_idle_settings_decide_nothing(
         self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
