@@ -315,7 +315,7 @@ def test_a_run_copied_without_its_environment_is_named(zarr_cache: Path, tmp_pat
         Run(tmp_path / "run").load_member("m0", torch.device("cpu"))
 
 
-ENDINGS = ("_validate", "_lines", "_stopping", "_report_epoch", "_retire", "_leave")
+ENDINGS = ("_validate", "_lines", "_diverged", "_pruned", "_report_epoch", "_retire", "_leave")
 
 
 @pytest.mark.parametrize("moment", [*ENDINGS, "append_metrics", "save_member"])
