@@ -48,12 +48,17 @@ class Setting:
     def required(self) -> bool:
         return self.default is MISSING
 
+    @property
+    def off(self) -> str:
+        """The flag that says no, where that is not the absence of one."""
+        return self.flag.replace("--", "--" + "no-", 1)
+
     def words(self, value: Any) -> list[str]:
         """The part of a command line that says `value`; none where that is the absence of one."""
         if value is None or value == "":
             return []
         if self.type is bool:
-            absent = [] if self.default is False else [f"--no-{self.flag[2:]}"]
+            absent = [] if self.default is False else [self.off]
             return [self.flag] if value else absent
         return [self.flag, text_of(value)]
 

@@ -116,7 +116,7 @@ def _parameter(about: Setting) -> click.Parameter:
     if about.type is bool:
         if about.default is False:
             return click.Option(names, is_flag=True, **told)
-        names[1] = f"{about.flag}/--no-{about.flag[2:]}"
+        names[1] = f"{about.flag}/{about.off}"
         return click.Option(names, default=about.default, **told)
     kind = KINDS.get(about.type, about.type)
     if about.choices:
