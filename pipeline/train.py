@@ -26,16 +26,15 @@ from pipeline.device import (
     without_tf32,
 )
 from pipeline.errors import RunError
-from pipeline.features.operands import (
-    Batch,
-    Batches,
+from pipeline.features.labelled import (
     LabelledRows,
-    choose_resident,
     feature_spec,
     initial_weights,
     labelled_rows,
     make_task,
 )
+from pipeline.features.operands import Batch, Batches
+from pipeline.features.residence import choose_resident
 from pipeline.records import (
     EpochDone,
     Loading,
