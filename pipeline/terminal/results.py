@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -165,10 +166,11 @@ def show_label(result: LabelResult) -> None:
 
 def print_labelling(columns: Mapping[str, Sequence[str]]) -> None:
     """The labelling as CSV on stdout, a line a row."""
-    stream = click.get_text_stream("stdout")
-    writer = csv.writer(stream, lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
+    click.echo(text.getvalue(), nl=False)
 
 
 def show_copy(config: CopyConfig, result: CopyResult) -> None:
