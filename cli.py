@@ -20,11 +20,13 @@ from pipeline.config import (
     CopyConfig,
     EvaluateConfig,
     ExtractConfig,
+    LabelConfig,
     PassConfig,
     PredictConfig,
     ReportConfig,
     SweepConfig,
     TrainConfig,
+    VerifyConfig,
 )
 from pipeline.setting import settings_of
 from pipeline.terminal import results
@@ -74,7 +76,8 @@ def extract(as_json: bool, **values: Any) -> None:
     IMAGES is a folder with a folder per class (or train/, val/, test/ above those), a CSV with
     path,label[,split], a VTAB-1K task folder, a .tar, or a timm dataset string. In place of label,
     a CSV may have any of label:NAME, labels:NAME (a;b) and value:NAME. Run the same command
-    again to continue after an interruption; a complete cache is left alone.
+    again to continue after an interruption; a complete cache is left alone. --update computes
+    images that are new or changed since, and those alone.
 
     \b
     Example:
@@ -110,28 +113,63 @@ def inspect(cache: str, as_json: bool) -> None:
         results.show_inspect(cache, found)
 
 
-@main.command()
-@click.argument("cache")
+@main.command(params=flags(VerifyConfig))
 @json_option
-def verify(cache: str, as_json: bool) -> None:
+def verify(as_json: bool, **values: Any) -> None:
     """Recompute every checksum of a cache; name the files and rows that are damaged.
 
-    Exits with 1 if anything is damaged.
+    With --repair, damaged rows are computed again, and nothing else. Exits with 1 if anything is
+    damaged, or stays so.
 
     \b
-    Example:
+    Examples:
       sidecache verify photos.zarr
+      sidecache verify photos.zarr --repair photos/
     """
     from cache import verify as verify_cache
 
+    config = VerifyConfig(**values)
     with Progress() as progress:
-        result = verify_cache(cache, verifying(progress))
+        repaired = None
+        if config.repair is not None:
+            from pipeline.repair import repair
+
+            repaired = repair(config, verifying(progress))
+        result = verify_cache(config.cache, verifying(progress))
     if as_json:
-        print_json(results.verify_json(result))
+        print_json(results.verify_json(result, repaired))
     else:
-        results.show_verify(cache, result)
+        results.show_verify(config.cache, result, repaired)
     if not result.ok:
         raise SystemExit(1)
+
+
+@main.command(params=flags(LabelConfig))
+@click.option("--show", is_flag=True, help="Print the labelling as CSV; change nothing.")
+@json_option
+def label(as_json: bool, show: bool, **values: Any) -> None:
+    """Ask other things of a cache's rows: labels, splits, groups, folds. No feature is computed.
+
+    SOURCE is a list, .csv or .tsv with path or key and any of label, label:NAME, labels:NAME,
+    value:NAME, split, fold; or anything that `extract` takes. What it does not speak of stays. The
+    labelling is replaced in one step.
+
+    \b
+    Examples:
+      sidecache label photos.zarr corrected.csv
+      sidecache label photos.zarr --folds 5 --stratify
+      sidecache label photos.zarr --show > labels.csv
+    """
+    from pipeline import label as stage
+
+    if show:
+        results.print_labelling(stage.columns_of(values["cache"]))
+        return
+    result = stage.label(LabelConfig(**values))
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        results.show_label(result)
 
 
 @main.command(params=flags(CopyConfig))

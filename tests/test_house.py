@@ -35,6 +35,7 @@ ROOMS = [
     "pipeline.features",
     "pipeline.backbones",
     "pipeline.runs",
+    "pipeline.labelling",
     "pipeline.sources",
     "pipeline.tasks",
     "pipeline.side",
@@ -44,8 +45,8 @@ ROOMS = [
 ONLY_IN = {  # package → the files, or rooms, that may import it
     "timm": {"pipeline.backbones.timm_models", "pipeline.sources.timm_sets"},
     "torchvision": {"pipeline.sources.timm_sets"},
-    "zarr": {"cache.zarr_backend"},
-    "h5py": {"cache.hdf5_backend"},
+    "zarr": {"cache.containers.zarr"},
+    "h5py": {"cache.containers.hdf5"},
     "click": {"cli", "pipeline.terminal"},
     "rich": {"cli", "pipeline.terminal"},
     "psutil": {"pipeline.features.residence"},
@@ -54,7 +55,8 @@ ONLY_IN = {  # package → the files, or rooms, that may import it
     "optuna": {"pipeline.search.proposals"},
 }
 READERS_OF_CACHE = {  # rooms
-    *("cli", "pipeline.terminal", "pipeline", "pipeline.features", "pipeline.pages")
+    *("cli", "pipeline.terminal", "pipeline", "pipeline.features", "pipeline.labelling"),
+    "pipeline.pages",
 }
 SEEN_BY_SIDE = ("pipeline.side", "pipeline.setting")
 PLAIN_FILES = {"pipeline.runs.folder": "cache.files"}  # it knows no cache, nor does who imports it

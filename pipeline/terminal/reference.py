@@ -28,7 +28,8 @@ def reference(commands: click.Group) -> str:
 def _section(name: str, command: click.Command) -> Iterator[str]:
     arguments = [_argument(p) for p in command.params if isinstance(p, click.Argument)]
     options = [p for p in command.params if isinstance(p, click.Option)]
-    text, _, example = inspect.cleandoc(command.help or "").partition("\n\n\b\nExample:\n")
+    text, _, example = inspect.cleandoc(command.help or "").partition("\n\n\b\n")
+    example = example.partition("\n")[2]  # its first line only says that it is one
     usage = " ".join([name, *arguments, *(["[FLAGS]"] if options else [])])
     yield f"## {name}\n\n    sidecache {usage}\n\n{text}\n"
     if example:
