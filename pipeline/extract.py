@@ -49,6 +49,7 @@ from pipeline.sources.batches import ImageBatch, image_batches
 from pipeline.sources.decode import is_deep_grey
 from pipeline.sources.open import open_source
 from pipeline.sources.source import Source, TargetColumn, source_digests
+from pipeline.tasks import KINDS
 
 WRITERS = 2  # threads that write, each from a buffer of its own; one more is being filled
 
@@ -464,7 +465,7 @@ class _FisherImages:
 def _fisher_target(source: Source) -> TargetColumn:
     """The classes that the loss for the Fisher information tells apart."""
     for target in source.targets:
-        if target.kind == "class":
+        if KINDS[target.kind].exclusive:
             return target
     there = ", ".join(f"{target.name} ({target.kind})" for target in source.targets) or "nothing"
     raise SettingError(

@@ -22,7 +22,7 @@ from pipeline.errors import MissingTaps, SettingError
 from pipeline.features.operands import Batch, Batches
 from pipeline.process import undisturbed
 from pipeline.side import ALIASES, METHODS, FeatureSpec, Settings, SideNetwork
-from pipeline.tasks.metrics import Scores, Task
+from pipeline.tasks import Scores, Task
 from pipeline.training.drop_path import DropPath
 from pipeline.training.optim import MemberAdamW, learning_rate
 from pipeline.training.workers import Workers
@@ -233,8 +233,9 @@ def make_stacks(
     """
     groups: dict[tuple[str, Settings, str], list[tuple[int, Member]]] = {}
     for position, member in enumerate(members):
-        if member.smoothing and tasks[member.task].kind == "regression":
-            raise SettingError(f"smoothing = {member.smoothing}: expected 0 for a regression")
+        task = tasks[member.task]
+        if member.smoothing and not task.smooths:
+            raise SettingError(f"smoothing = {member.smoothing}: expected 0 for a {task.kind}")
         key = (member.method, method_settings(member), member.task)
         groups.setdefault(key, []).append((position, member))
     stacks = []

@@ -11,15 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from cache.manifest import LABEL_DTYPES
 from pipeline.records import TrialDone, rank
-from pipeline.tasks.metrics import Task, average_precision, mean_average_precision
+from pipeline.tasks import KINDS, Task, kind_of, task_from
+from pipeline.tasks.classes import ClassTask
+from pipeline.tasks.multilabel import MultilabelTask, average_precision, mean_average_precision
+from pipeline.tasks.regression import RegressionTask
 
 pytestmark = pytest.mark.numerics
 
 CPU = torch.device("cpu")
-CLASS = Task(name="colour", kind="class", classes=("a", "b", "c", "d", "e", "f"))
-MULTILABEL = Task(name="marks", kind="multilabel", classes=("x", "y", "z"))
-AGE = Task(name="age", kind="regression", centre=40.0, scale=10.0)
+CLASS = ClassTask(name="colour", classes=("a", "b", "c", "d", "e", "f"))
+MULTILABEL = MultilabelTask(name="marks", classes=("x", "y", "z"))
+AGE = RegressionTask(name="age", centre=40.0, scale=10.0)
 LABELS = {
     "colour": torch.tensor([3, -1, 0, 5]),
     "marks": torch.tensor([[1, 0, 0], [-1, -1, -1], [0, 1, 1], [0, 0, 0]], dtype=torch.int8),
@@ -78,7 +82,17 @@ class TestEveryKind:
             assert next(iter(one.values)) == task.metric and one.score == one.values[task.metric]
 
     def test_round_trip(self, task: Task) -> None:
-        assert Task.from_dict(task.to_dict()) == task
+        assert task_from(task.to_dict()) == task
+        assert list(task.to_dict()) == ["name", "kind", "classes", "centre", "scale"]
+
+
+def test_every_kind_goes_by_its_name_and_has_columns_and_scores_of_its_own() -> None:
+    assert {type(task) for task in (CLASS, MULTILABEL, AGE)} == set(KINDS.values())
+    assert [kind.kind for kind in KINDS.values()] == list(KINDS) == list(LABEL_DTYPES)
+    assert len({kind.column for kind in KINDS.values()}) == len(KINDS)
+    for kind in KINDS.values():
+        assert {kind_of(score) for score in kind.scores} == {kind}
+    assert kind_of("speed") is None
 
 
 def test_perfect_outputs_score_one() -> None:
