@@ -14,8 +14,8 @@ from torch import Tensor
 from cache import Reader
 from pipeline.errors import SettingError
 from pipeline.features.taps import choose_taps
-from pipeline.side import FeatureSpec, TokenShape
-from pipeline.tasks import task_of
+from pipeline.side.contract import FeatureSpec, TokenShape
+from pipeline.tasks import KINDS, task_of
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ def labelled_rows(reader: Reader, splits: Sequence[str], tasks: Sequence[str]) -
     if not splits:
         return LabelledRows(np.empty(0, np.int64), {})
     found = reader.split_rows(*splits)
-    tables = {target.name: reader.labels(target.name)[found] for target in reader.manifest.targets}
+    targets = [target for target in reader.labelling.targets if target.kind in KINDS]
+    tables = {target.name: reader.labels(target.name)[found] for target in targets}
     known = {
         target.name: task_of(target).known(torch.from_numpy(tables[target.name])).numpy()
-        for target in reader.manifest.targets
+        for target in targets
     }
     named = " + ".join(splits)
     if len(found) == 0:

@@ -11,9 +11,10 @@ How a cache stores each kind's labels is the cache's own table (`cache.manifest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
+from pipeline.errors import SettingError
 from pipeline.tasks.classes import ClassTask
 from pipeline.tasks.contract import Answer, Scores, Tally, Task
 from pipeline.tasks.multilabel import MultilabelTask
@@ -49,9 +50,25 @@ class Target(Protocol):
     def classes(self) -> tuple[str, ...]: ...
 
 
+T = TypeVar("T", bound=Target)
+
+
 def task_of(target: Target) -> Task:
-    """A target as a task, not yet `fitted` to any rows."""
+    """A target as a task, not yet `fitted` to any rows.
+
+    Raises SettingError for a kind that a cache may hold, but nothing here learns.
+    """
+    if target.kind not in KINDS:
+        raise SettingError(
+            f"target {target.name}: it is a {target.kind}, which is not learned here; expected "
+            f"one of {', '.join(KINDS)}"
+        )
     return KINDS[target.kind](name=target.name, classes=target.classes)
+
+
+def exclusive(targets: Iterable[T]) -> list[T]:
+    """Those whose classes exclude each other: a row has one of them, or none."""
+    return [target for target in targets if target.kind in KINDS and KINDS[target.kind].exclusive]
 
 
 def task_from(values: Mapping[str, Any]) -> Task:

@@ -36,6 +36,14 @@ class ClassTask(Task):
         """Names or numbers of classes, "" or "-1" where unknown → int64 (N,), -1 where unknown."""
         return number_labels([cell or "-1" for cell in cells], known, where=where)
 
+    def written(self, label: Any) -> str:
+        return self.classes[label] if label >= 0 else ""
+
+    def renumbered(
+        self, labels: np.ndarray, place: Sequence[int], classes: Sequence[str]
+    ) -> np.ndarray:
+        return np.array([*place, -1], labels.dtype)[labels]  # -1: the last
+
     def known(self, labels: Tensor) -> Tensor:
         return labels >= 0
 

@@ -85,6 +85,16 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def written(self, label: Any) -> str:
+        """The inverse of `parse`: one row of the table → its cell."""
+
+    def renumbered(
+        self, labels: np.ndarray, place: Sequence[int], classes: Sequence[str]
+    ) -> np.ndarray:
+        """A copy of labels (N, …) as they are among other `classes`: class i is at `place[i]`."""
+        return labels.copy()
+
+    @abstractmethod
     def known(self, labels: Tensor) -> Tensor:
         """Which rows have a label, (B,) bool."""
 

@@ -54,6 +54,20 @@ class MultilabelTask(Task):
         values[np.array(rows, np.int64), numbers] = 1
         return classes, values
 
+    def written(self, label: Any) -> str:
+        if label[0] < 0:
+            return ""
+        holding = zip(self.classes, label, strict=True)
+        return ";".join(name for name, holds in holding if holds) or NO_NAME
+
+    def renumbered(
+        self, labels: np.ndarray, place: Sequence[int], classes: Sequence[str]
+    ) -> np.ndarray:
+        wide = np.zeros((len(labels), len(classes)), labels.dtype)
+        wide[:, place] = labels
+        wide[labels[:, 0] < 0] = -1
+        return wide
+
     def known(self, labels: Tensor) -> Tensor:
         return labels[:, 0] >= 0
 

@@ -50,6 +50,9 @@ class RegressionTask(Task):
             values[row] = number
         return (), values
 
+    def written(self, label: Any) -> str:
+        return "" if np.isnan(label) else repr(float(label))
+
     def known(self, labels: Tensor) -> Tensor:
         return ~labels.isnan()
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from conftest import extract_config, paint, train_config
 from torch import Tensor
 
 import cli
-from cache import Reader, manifest
+from cache import Reader, labelling
 from pipeline.config import Member
 from pipeline.errors import SettingError, SourceError
 from pipeline.evaluate import evaluate
@@ -51,6 +51,9 @@ class CountTask(Task):
                 raise SourceError(f"{where(row)}: expected a count, found {cell!r}")
         return (), np.array([float(cell or "nan") for cell in cells], np.float32)
 
+    def written(self, label: Any) -> str:
+        return "" if np.isnan(label) else f"{label:.0f}"
+
     def known(self, labels: Tensor) -> Tensor:
         return ~labels.isnan()
 
@@ -76,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
     with pytest.MonkeyPatch.context() as patch:  # the two lines that a new kind takes
         patch.setitem(KINDS, "count", CountTask)
-        patch.setitem(manifest.LABEL_DTYPES, "count", "float32")
+        patch.setitem(labelling.LABEL_DTYPES, "count", "float32")
         extract(extract_config(folder / "list.csv", folder / "counted.zarr"))
         train(train_config(folder / "counted.zarr", folder / "run", LAST))
         yield folder
@@ -86,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_a_new_kind_learns_and_predicts(folder: Path) -> None:
     run = Run(folder / "run")
     with Reader(folder / "counted.zarr") as reader:
-        assert [(t.name, t.kind) for t in reader.manifest.targets] == [("spots", "count")]
+        assert [(t.name, t.kind) for t in reader.labelling.targets] == [("spots", "count")]
     (row,) = run.summary()
     score = score_of(row)
     assert score == number_of(row["val_nearness"]) and score is not None and score > -1.5
@@ -113,6 +116,8 @@ def test_a_new_kind_is_told(folder: Path) -> None:
     assert re.search(told, Path(report([run], device="cpu").out).read_text())
     found = json.loads(said("inspect", folder / "counted.zarr", "--json"))
     assert found["kinds"] == {"spots": "count"}
+    listed = said("label", folder / "counted.zarr", "--show")
+    assert "key,split,count:spots" in listed and "test/red/1.png,test,9" in listed
 
 
 def test_a_new_kind_refuses_in_its_own_words(folder: Path, tmp_path: Path) -> None:
