@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -80,6 +81,23 @@ class TestEveryKind:
             assert one.values == pytest.approx(other.values)
             assert one.loss == pytest.approx(other.loss)
             assert next(iter(one.values)) == task.metric and one.score == one.values[task.metric]
+
+    def test_cells_are_read_as_they_were_written(self, task: Task) -> None:
+        labels = LABELS[task.name].numpy()
+        cells = [task.written(label) for label in labels]
+        classes, values = task.parse(cells, task.classes or None, lambda row: f"row {row}")
+        assert classes == task.classes and [not cell for cell in cells] == [0, 1, 0, 0]
+        np.testing.assert_array_equal(values, labels)
+
+    def test_labels_keep_their_classes_among_others(self, task: Task) -> None:
+        labels = LABELS[task.name].numpy()
+        wider = tuple(sorted({"new", *task.classes}, reverse=True)) if task.classes else ()
+        place = [wider.index(name) for name in task.classes]
+        moved = task.renumbered(labels, place, wider)
+        there = dataclasses.replace(task, classes=wider)
+        cells = [{*there.written(label).split(";")} for label in moved]
+        assert cells == [{*task.written(label).split(";")} for label in labels]
+        assert moved is not labels and moved.dtype == labels.dtype
 
     def test_round_trip(self, task: Task) -> None:
         assert task_from(task.to_dict()) == task
