@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.backbones.blocks import describe, matrices
-from pipeline.side.ladder import check_reduction
+from pipeline.side.ladder_geometry import check_reduction
 
 Images = Callable[[], Iterable[tuple[Tensor, int]]]  # (3, H, W) and its label, each time anew
 Report = Callable[[int, int], None]
