@@ -31,8 +31,9 @@ from cache import (
     encode_keys,
 )
 from pipeline import __version__
+from pipeline.backbones.contract import Backbone
 from pipeline.backbones.prune import ladder_tables
-from pipeline.backbones.timm_models import Backbone, load_backbone, preprocessing_dict
+from pipeline.backbones.timm_models import load_backbone
 from pipeline.config import ExtractConfig
 from pipeline.device import (
     memory_explained,
@@ -45,7 +46,7 @@ from pipeline.device import (
 from pipeline.errors import ImageError, SettingError
 from pipeline.features.writing import Layout, TokenBuffer, plan_layout
 from pipeline.side.ladder import keep_layers
-from pipeline.sources.batches import ImageBatch, image_batches
+from pipeline.sources.batches import ImageBatch
 from pipeline.sources.decode import is_deep_grey
 from pipeline.sources.open import open_source
 from pipeline.sources.source import Source, TargetColumn, source_digests
@@ -230,10 +231,8 @@ def _run(
     legs = {"decoding": 0.0, "forward": 0.0, "writing": 0.0}
     if not pending:
         return legs
-    batches = image_batches(
+    batches = backbone.batches(
         source,
-        backbone.preprocessing.transform(normalize=False),
-        backbone.preprocessing.img_size,
         pending=pending,
         batch_size=config.batch_size,
         workers=config.workers,
@@ -317,7 +316,7 @@ def _manifest(
     rows = source.rows
     identity: dict[str, Any] = {
         "backbone": backbone.identity(),
-        "preprocessing": preprocessing_dict(backbone.preprocessing),
+        "preprocessing": backbone.preprocessing.to_dict(),
         "taps": [tap for stack in layout.stacks for tap in stack.taps],
         "gather": asdict(layout.gather) if layout.gather else "none",
         "tokens": "all",
@@ -431,8 +430,7 @@ class _FisherImages:
     """
 
     def __init__(self, config: ExtractConfig, source: Source, backbone: Backbone) -> None:
-        self.config, self.source, self.device = config, source, backbone.device
-        self.transform = backbone.preprocessing.transform()
+        self.config, self.source, self.backbone = config, source, backbone
         self.target = _fisher_target(source)
         self.rows = _fisher_rows(config, source, self.target)
         self.skipped: dict[int, str] = {}
@@ -452,7 +450,10 @@ class _FisherImages:
                 self.skipped[row] = str(error)
                 continue
             left -= 1
-            yield self.transform(image).to(self.device), int(self.target.values[row])
+            yield (
+                self.backbone.prepare(image).to(self.backbone.device),
+                int(self.target.values[row]),
+            )
         if len(self.skipped) == len(self.rows):
             raise SettingError(
                 f"expected labelled training images that can be read, came none of "

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.backbones.timm_models import Backbone, Preprocessing, load_backbone
+from pipeline.backbones.contract import Backbone
+from pipeline.backbones.timm_models import load_backbone
 from pipeline.device import pick_precision, without_tf32
 from pipeline.errors import BackboneError
 from pipeline.runs.run import TrainedMember
-from pipeline.sources.batches import image_batches
 from pipeline.sources.source import Source
 
 
@@ -34,11 +34,8 @@ class LiveMember:
         self, source: Source, *, batch_size: int, workers: int
     ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
         """(first row, logits (B, C), unreadable rows and why) for all rows in order."""
-        preprocessing = self.backbone.preprocessing
-        for batch in image_batches(
+        for batch in self.backbone.batches(
             source,
-            preprocessing.transform(normalize=False),
-            preprocessing.img_size,
             pending=[range(len(source.rows))],
             batch_size=batch_size,
             workers=workers,
@@ -54,7 +51,6 @@ class LiveMember:
         def sink(tap: str, tokens: Tensor) -> None:
             features[tap] = tokens.float()
 
-        images = images.to(self.backbone.device)
         self.backbone.read_taps(images, sink, precision=self.backbone_precision)
         return network(network.operands(features, self.member_precision))[0].float()
 
@@ -69,8 +65,9 @@ def go_live(
     """
     card = member.card
     wanted, name = card["backbone"]["weights_sha256"], card["backbone"]["name"]
-    preprocessing = vars(Preprocessing.from_dict(card["preprocessing"]))
-    backbone = load_backbone(name, device=device, weights=weights, preprocessing=preprocessing)
+    backbone = load_backbone(
+        name, device=device, weights=weights, preprocessing=card["preprocessing"]
+    )
     if backbone.weights_sha256 != wanted:
         raise BackboneError(
             f"{name}: expected weights with digest {wanted[:12]}, which the member learned from, "

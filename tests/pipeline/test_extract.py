@@ -25,7 +25,7 @@ from PIL import Image
 import cli
 from cache import CacheIncomplete, IdentityMismatch, Reader, StorageOverflow, decode, verify
 from pipeline import extract as stage
-from pipeline.backbones.timm_models import Preprocessing, load_backbone
+from pipeline.backbones.timm_models import ImagePreprocessing, load_backbone
 from pipeline.errors import ImageError, SettingError
 from pipeline.extract import Skipped, extract
 from pipeline.sources.batches import image_batches
@@ -199,7 +199,7 @@ def test_storage_types_round_the_float32_features(
 def test_images_travel_as_bytes(images: Path) -> None:
     """A batch in shared memory takes a byte a pixel and channel; one that fails is black."""
     source = open_source(images)
-    how = Preprocessing(img_size=(32, 32), crop_pct=1.0, crop_mode="center",
+    how = ImagePreprocessing(img_size=(32, 32), crop_pct=1.0, crop_mode="center",
                         interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)  # fmt: skip
     (batch,) = image_batches(
         source, how.transform(normalize=False), how.img_size,
