@@ -48,14 +48,27 @@ def read_exactly(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     return total
 
 
-def read_at(path: Path, offset: int, length: int) -> bytes:
-    """Up to `length` bytes of a file from `offset`; fewer at its end."""
-    fd = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """A descriptor of the file or folder, closed at the end."""
+    fd = os.open(path, flags)
     try:
-        data = bytearray(length)
-        return bytes(data[: read_exactly(fd, [memoryview(data)], offset)])
+        yield fd
     finally:
         os.close(fd)
+
+
+def read_at(path: Path, offset: int, length: int) -> bytes:
+    """Up to `length` bytes of a file from `offset`; fewer at its end."""
+    with opened(path) as fd:
+        data = bytearray(length)
+        return bytes(data[: read_exactly(fd, [memoryview(data)], offset)])
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes durable."""
+    with opened(path) as fd:
+        os.fsync(fd)
 
 
 def sync_folder(folder: Path) -> None:
@@ -77,11 +90,7 @@ def sync_tree(folder: Path) -> None:
     """Make every file and every name below a folder durable."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            fd = os.open(Path(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync(Path(parent, name))
         sync_folder(Path(parent))
 
 

@@ -64,6 +64,7 @@ class ExtractConfig:
     amp: bool | None = None
     seed: int = 0
     on_error: str = "raise"
+    update: bool = False
     overwrite: bool = False
 
     LADDER_INITS = (None, "magnitude", "fisher")
@@ -94,10 +95,61 @@ class ExtractConfig:
         )
         require(self, self.reduction >= 1, "reduction", "1 or more")
         require(self, self.fisher_samples >= 1, "fisher_samples", "1 or more")
+        require(
+            self,
+            not (self.update and self.overwrite),
+            "update",
+            "False with --overwrite: one keeps what is there, the other does not",
+        )
 
     def preprocessing(self) -> dict[str, Any]:
         """The preprocessing fields that were asked for, None where the backbone decides."""
         return {name: getattr(self, name) for name in self.PREPROCESSING}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Another labelling for a cache: from `source` (a list, or anything that `extract` takes), or
+    what is there with other folds. `group` is a column of the list, or one that the cache has;
+    `fold_split` are the splits that folds divide, None all but test. Raises SettingError."""
+
+    cache: str
+    source: str | None = None
+    add: bool = False
+    folds: int = 0
+    group: str | None = None
+    stratify: bool = False
+    fold_split: tuple[str, ...] | None = None
+    seed: int = 0
+    data_dir: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self, self.folds == 0 or self.folds >= 2, "folds", "2 or more")
+        asks = self.source is not None or self.folds
+        require(self, bool(asks), "source", "a list or a source of labels, or --folds")
+        require(self, not self.add or self.source is not None, "add", "False without a list")
+        for name in ("stratify", "fold_split"):
+            given = bool(getattr(self, name))
+            require(self, not given or self.folds > 0, name, "left out without --folds")
+        require(self, self.seed >= 0, "seed", "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    """Damaged rows of `cache`, to be computed again from `images`; the backbone's `weights`,
+    `pretrained` and `seed` as they were given to ExtractConfig."""
+
+    cache: str
+    images: str
+    weights: str | None = None
+    pretrained: bool = True
+    seed: int = 0
+    device: str = "auto"
+    data_dir: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

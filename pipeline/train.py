@@ -194,6 +194,7 @@ def train(
         facts = {
             **environment(),
             "fingerprint": reader.fingerprint,
+            "labelling": reader.labelling_digest,
             "device": name_of(device),
             "precision": precision_name(dtype),
             "tf32": False,  # see `without_tf32`
@@ -552,7 +553,7 @@ class _Pass:
     def full_cost(self, reader: Reader) -> dict[str, Any]:
         """What cost.json holds. A copied cache does not know how long its extraction took."""
         cost, members, rows = self.cost(), len(self.config.members), len(self.batches)
-        copied = "copied" in reader.manifest.identity
+        copied = "copied_from" in reader.manifest.notes
         return {
             **cost,
             "rows": rows,

@@ -28,6 +28,7 @@ ROOMS = [
     "pipeline.features",
     "pipeline.backbones",
     "pipeline.runs",
+    "pipeline.labelling",
     "pipeline.sources",
     "pipeline.tasks",
     "pipeline.side",
@@ -51,6 +52,7 @@ READERS_OF_CACHE = {
     "pipeline.terminal",
     "pipeline",
     "pipeline.features",
+    "pipeline.labelling",
     "pipeline.pages",
 }  # rooms
 PLAIN_FILES = {"pipeline.runs.folder": "cache.files"}  # it knows no cache, nor does who imports it

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.side import TokenShape
-from pipeline.sources.batches import ImageBatch
-from pipeline.sources.source import Source
+from pipeline.sources.batches import ImageBatch, Images
 
 Sink = Callable[[str, Tensor], None]  # hears a tap's name and its tokens (B, T, D)
 
@@ -79,15 +78,20 @@ class Backbone(ABC):
     @abstractmethod
     def batches(
         self,
-        source: Source,
+        rows: Images,
         *,
         pending: Sequence[range],
         batch_size: int,
+        starts: Sequence[int] = (0,),
         workers: int,
         pin_memory: bool = False,
     ) -> Iterator[ImageBatch]:
-        """The rows of a source as `read_taps` takes them: every batch that holds a pending row, in
-        order, opened and prepared by so many worker processes (0: by this one)."""
+        """Rows as `read_taps` takes them: every batch that holds a pending row, in order, opened
+        and prepared by so many worker processes (0: by this one).
+
+        Batches are a fixed partition of the rows, which begins anew at each of `starts`: the same
+        rows always meet in one batch. A row that cannot be opened is blank, and its batch says why.
+        """
 
     @abstractmethod
     def read_taps(self, inputs: Tensor, sink: Sink, *, precision: torch.dtype) -> None:

@@ -29,8 +29,7 @@ from pipeline.backbones.hooks import BlockHooks
 from pipeline.backbones.weights import read_weights, weights_sha256
 from pipeline.errors import BackboneError, SettingError, gist
 from pipeline.side import TokenShape
-from pipeline.sources.batches import ImageBatch, image_batches
-from pipeline.sources.source import Source
+from pipeline.sources.batches import ImageBatch, Images, image_batches
 
 STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules
 
@@ -119,20 +118,22 @@ class TimmBackbone(Backbone):
 
     def batches(
         self,
-        source: Source,
+        rows: Images,
         *,
         pending: Sequence[range],
         batch_size: int,
+        starts: Sequence[int] = (0,),
         workers: int,
         pin_memory: bool = False,
     ) -> Iterator[ImageBatch]:
         """Pixels, uint8: a quarter of the bytes; `read_taps` normalises them."""
         return image_batches(
-            source,
+            rows,
             self.preprocessing.transform(normalize=False),
             self.preprocessing.img_size,
             pending=pending,
             batch_size=batch_size,
+            starts=starts,
             workers=workers,
             pin_memory=pin_memory,
         )

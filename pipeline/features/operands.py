@@ -100,12 +100,12 @@ def labelled_rows(reader: Reader, splits: Sequence[str], tasks: Sequence[str]) -
     if not splits:
         return LabelledRows(np.empty(0, np.int64), {})
     found = reader.split_rows(*splits)
-    tables = {target.name: reader.labels(target.name)[found] for target in reader.manifest.targets}
+    tables = {target.name: reader.labels(target.name)[found] for target in reader.labelling.targets}
     known = {
         target.name: Task(name=target.name, kind=target.kind)
         .known(torch.from_numpy(tables[target.name]))
         .numpy()
-        for target in reader.manifest.targets
+        for target in reader.labelling.targets
     }
     named = " + ".join(splits)
     if len(found) == 0:

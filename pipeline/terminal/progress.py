@@ -13,7 +13,7 @@ from pipeline.terminal.tables import clock_text, counted, score_text, size_text
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractConfig
-    from pipeline.extract import Plan
+    from pipeline.extract import ExtractionPlan
     from pipeline.train import Start
 
 Report = Callable[[Any], None]
@@ -77,7 +77,9 @@ class Progress:
 
 def extracting(progress: Progress, config: ExtractConfig) -> Report:
     """Shows the records of `extract`."""
-    from pipeline.extract import Extracted, Hashed, Plan, Repeated, Skipped, Weighed
+    from pipeline.extract import ExtractionPlan, Hashed, Repeated, Weighed
+    from pipeline.features.filling import Extracted, Skipped
+    from pipeline.features.job import Updating
 
     def report(record: Any) -> None:
         match record:
@@ -89,7 +91,10 @@ def extracting(progress: Progress, config: ExtractConfig) -> Report:
             case Repeated(split=split, other=other, rows=rows, example=(key, twin)):
                 images = f"{counted(rows, f'{split} image')} {'is' if rows == 1 else 'are'}"
                 progress.note(f"{images} also in {other} (e.g. {key} = {twin})")
-            case Plan():
+            case Updating(new=new, changed=changed, vanished=vanished):
+                told = f"{new:,} new, {changed:,} changed, {vanished:,} vanished"
+                progress.note(f"{told}; nothing else is computed or moved")
+            case ExtractionPlan():
                 if record.pending_rows:
                     progress.note(_plan_line(record, config))
                     if record.begun_batch_size not in (None, config.batch_size):
@@ -103,7 +108,7 @@ def extracting(progress: Progress, config: ExtractConfig) -> Report:
     return report
 
 
-def _plan_line(plan: Plan, config: ExtractConfig) -> str:
+def _plan_line(plan: ExtractionPlan, config: ExtractConfig) -> str:
     resumed = plan.rows - plan.pending_rows
     images = f"{plan.pending_rows:,} images"
     already = f" ({resumed:,} of {plan.rows:,} rows already there)" if resumed else ""
@@ -114,7 +119,7 @@ def _plan_line(plan: Plan, config: ExtractConfig) -> str:
     )
 
 
-def _batch_line(plan: Plan, config: ExtractConfig) -> str:
+def _batch_line(plan: ExtractionPlan, config: ExtractConfig) -> str:
     return (
         f"begun with -b {plan.begun_batch_size}: with -b {config.batch_size}, the rest may differ "
         f"from it in the last bits"

@@ -90,7 +90,7 @@ def test_golden_cache_reads_what_came_later_or_its_absence(name):
 def test_golden_cache_reads_its_targets_and_seconds_or_their_absence(name):
     with Reader(GOLDEN / name) as reader:
         np.testing.assert_array_equal(reader.labels(), [0, 1, 0, 1, 0])
-        kinds = {target.name: target.kind for target in reader.manifest.targets}
+        kinds = {target.name: target.kind for target in reader.labelling.targets}
         if "targets" in name:
             assert kinds == {"label": "class", "marks": "multilabel", "age": "regression"}
             np.testing.assert_array_equal(

@@ -18,7 +18,7 @@ from cache import (
     differences,
 )
 from cache.ledger import Record, add_errors, record_bytes
-from cache.manifest import canonical_json, default_rows_per_shard
+from cache.manifest import canonical_json, default_slots_per_shard
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)
 JSON = st.recursive(
@@ -59,7 +59,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         storage=draw(st.sampled_from(["float32", "float16", "bfloat16", "int8"])),
         rows=draw(st.integers(1, 10**7)),
         views=draw(st.integers(1, 4)),
-        rows_per_shard=draw(st.integers(0, 5000)),
+        slots_per_shard=draw(st.integers(0, 5000)),
         stacks=stacks,
         targets=tuple(draw(targets(name)) for name in names),
         splits=tuple(draw(st.lists(st.text(), max_size=3, unique=True))),
@@ -79,10 +79,10 @@ def test_round_trips(manifest):
 
 @given(manifests())
 def test_shards_cover_every_row_once(manifest):
-    manifest = dataclasses.replace(manifest, rows=min(manifest.rows, 20_000))
-    rows = [row for shard in range(manifest.shards) for row in manifest.shard_rows(shard)]
-    assert rows == list(range(manifest.rows))
-    assert manifest.nbytes == manifest.rows * manifest.row_nbytes
+    manifest = dataclasses.replace(manifest, rows=min(manifest.slots, 20_000))
+    rows = [row for shard in range(manifest.shards) for row in manifest.shard_slots(shard)]
+    assert rows == list(range(manifest.slots))
+    assert manifest.nbytes == manifest.slots * manifest.slot_nbytes
 
 
 def test_a_document_without_blocks_has_none(sample):
@@ -95,19 +95,19 @@ def test_int8_has_four_bytes_more_per_token():
     stack = Stack(name="tokens", taps=("z3",), tokens=197, prefix_tokens=1, dim=768)
     manifest = Manifest(identity={}, storage="int8", rows=10, views=2, stacks=(stack,))
     assert manifest.stored_shape("tokens") == (1, 197, 772)
-    assert manifest.row_nbytes == 2 * 152_084
-    halves = dataclasses.replace(manifest, storage="float16", rows_per_shard=0)
+    assert manifest.slot_nbytes == 2 * 152_084
+    halves = dataclasses.replace(manifest, storage="float16", slots_per_shard=0)
     assert halves.stored_shape("tokens") == halves.stack("tokens").shape == (1, 197, 768)
-    assert halves.row_nbytes == 2 * 197 * 768 * 2
+    assert halves.slot_nbytes == 2 * 197 * 768 * 2
     with pytest.raises(NameMissing, match="it holds tokens"):
         manifest.stored_shape("late")
 
 
 @given(manifests(), st.text(max_size=300), st.floats(allow_nan=False, allow_infinity=False))
 def test_the_fullest_record_fits(manifest, reason, number):
-    manifest = dataclasses.replace(manifest, rows_per_shard=min(manifest.rows_per_shard, 50))
+    manifest = dataclasses.replace(manifest, slots_per_shard=min(manifest.slots_per_shard, 50))
     shard = manifest.shards - 1
-    for rows in (manifest.shard_rows(0), manifest.shard_rows(shard)):
+    for rows in (manifest.shard_slots(0), manifest.shard_slots(shard)):
         record = Record(
             shard=shard,
             rows=(rows.start, rows.stop),
@@ -119,7 +119,7 @@ def test_the_fullest_record_fits(manifest, reason, number):
         data = record.to_bytes(record_bytes(manifest))
         assert len(data) == record_bytes(manifest)
         again = Record.from_bytes(data)
-        assert again.rows == record.rows
+        assert again.slots == record.rows
         assert again.error == record.error
         assert again.seconds == 1234567890.124
         assert all(reason.startswith(kept) for kept in again.skipped.values())
@@ -161,7 +161,7 @@ def test_errors_add_up_to_the_same_in_any_order():
 
 
 def test_fingerprint_is_the_identity_alone(sample):
-    changed = sample.with_manifest(rows_per_shard=9, notes={"other": 1}).manifest
+    changed = sample.with_manifest(slots_per_shard=9, notes={"other": 1}).manifest
     assert changed.fingerprint == sample.manifest.fingerprint
     reordered = dict(reversed(sample.manifest.identity.items()))
     assert sample.with_manifest(identity=reordered).manifest.fingerprint == changed.fingerprint
@@ -182,9 +182,9 @@ def test_differences_name_dotted_fields():
 
 
 def test_default_shard_is_about_64_mib():
-    assert default_rows_per_shard(12 * 197 * 768 * 2) == 18
-    assert default_rows_per_shard(10**9) == 1
-    assert default_rows_per_shard(10) == 4096
+    assert default_slots_per_shard(12 * 197 * 768 * 2) == 18
+    assert default_slots_per_shard(10**9) == 1
+    assert default_slots_per_shard(10) == 4096
 
 
 def test_tuples_in_the_identity_equal_lists(sample):

@@ -39,7 +39,7 @@ LOSS = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 1 / 254}  
 def values(path: Path) -> np.ndarray:
     """(rows, taps, T, D) float32."""
     with Reader(path) as reader:
-        return decode(reader.read(range(reader.manifest.rows)), reader.manifest.storage)
+        return decode(reader.read(range(reader.rows)), reader.manifest.storage)
 
 
 def smaller(src: Path, dst: Path, **changes: Any) -> CopyConfig:
@@ -193,7 +193,7 @@ def test_a_copy_keeps_targets_of_every_kind(images: Path, tmp_path: Path) -> Non
     copy(smaller(src, dst, split=("test", "train")))
     with Reader(src) as old, Reader(dst) as new:
         rows = old.split_rows("train", "test")
-        assert new.manifest.targets == old.manifest.targets
+        assert new.labelling.targets == old.labelling.targets
         for name in ("age", "colour", "marks"):
             np.testing.assert_array_equal(new.labels(name), old.labels(name)[rows])
         assert new.seconds is not None

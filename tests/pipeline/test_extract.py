@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 def arrays(path: Path) -> np.ndarray:
     with Reader(path) as reader:
-        return reader.read(range(reader.manifest.rows))
+        return reader.read(range(reader.rows))
 
 
 def test_cache_holds_every_tap_of_every_image(cache: Path, images: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_source_with_several_targets(images: Path, zarr_cache: Path, tmp_path:
     table = several(images, tmp_path / "list.csv")
     extract(extract_config(table, tmp_path / "c.zarr"))
     with Reader(tmp_path / "c.zarr") as reader:
-        assert [(t.name, t.kind, t.classes) for t in reader.manifest.targets] == [
+        assert [(t.name, t.kind, t.classes) for t in reader.labelling.targets] == [
             ("colour", "class", ("blue", "green", "red")),
             ("age", "regression", ()),
             ("marks", "multilabel", ("dark",)),
