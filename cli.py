@@ -383,8 +383,9 @@ def sweep(as_json: bool, refit: list[int] | None, **values: Any) -> None:
       sidecache sweep photos.zarr --space examples/space.yaml --trials 64 --out runs/sweep
     """
     from pipeline import sweep as stage
+    from pipeline.config import SweepConfig
 
-    config = stage.SweepConfig(**values)
+    config = SweepConfig(**values)
     with Progress() as progress:
         result = stage.sweep(config, searching(progress))
         refitted = _refit(progress, config.out, refit, config.overwrite) if refit else None

@@ -11,6 +11,8 @@ from cache.labelling import IGNORED, Target
 from cache.ledger import Error, add_errors
 from cache.reader import Reader
 
+_MASKS_AT_ONCE = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
@@ -89,10 +91,7 @@ def inspect(location: str | Path) -> Inspection:
             slots_per_shard=manifest.slots_per_shard,
             stacks=manifest.to_dict()["stacks"],
             splits=_counts(reader.split, labelling.splits) if labelling.splits else {},
-            targets={
-                target.name: _described(target, reader.labels(target.name))
-                for target in labelling.targets
-            },
+            targets={target.name: _described(target, reader) for target in labelling.targets},
             kinds={target.name: target.kind for target in labelling.targets},
             folds=np.bincount(folds[folds >= 0], minlength=labelling.folds).tolist(),
             groups={name: len(set(reader.groups(name))) for name in labelling.groups},
@@ -108,22 +107,32 @@ def _relative(error: Error) -> dict[str, float]:
     return {"relative": math.sqrt(squares / exact) if exact else 0.0, "worst_token": worst}
 
 
-def _described(target: Target, labels: np.ndarray) -> dict[str, int | float | None]:
+def _described(target: Target, reader: Reader) -> dict[str, int | float | None]:
+    if target.kind == "segmentation":
+        return _pixels(target, reader)
+    labels = reader.labels(target.name)
     match target.kind:
         case "class":
             return {**_counts(labels, target.classes)}
         case "multilabel":
             counts = (labels == 1).sum(axis=0).tolist()
             return dict(zip(target.classes, counts, strict=True))
-        case "segmentation":
-            pixels = np.bincount(labels.reshape(-1), minlength=IGNORED + 1)
-            return {n: int(pixels[c]) for c, n in enumerate(target.classes)}
         case _:
             known = labels[~np.isnan(labels)].astype(np.float64)
             if not len(known):
                 return {"rows": 0, "min": None, "mean": None, "max": None}
             least, mean, most = float(known.min()), float(known.mean()), float(known.max())
             return {"rows": len(known), "min": least, "mean": mean, "max": most}
+
+
+def _pixels(target: Target, reader: Reader) -> dict[str, int | float | None]:
+    """Pixels of each class; the masks of some rows at a time, all may be larger than the memory."""
+    pixels = np.zeros(IGNORED + 1, np.int64)
+    for first in range(0, reader.rows, _MASKS_AT_ONCE):
+        rows = range(first, min(reader.rows, first + _MASKS_AT_ONCE))
+        masks = reader.labels(target.name, rows)
+        pixels += np.bincount(masks.reshape(-1), minlength=IGNORED + 1)
+    return {name: int(pixels[index]) for index, name in enumerate(target.classes)}
 
 
 def _counts(indices: np.ndarray, names: tuple[str, ...]) -> dict[str, int]:

@@ -198,8 +198,11 @@ class Labelling:
                 expected = f"{lowest} to {end - 1}" + (" (-1: none)" if lowest else "")
             if wrong.any():
                 row = int(wrong.argmax())
+                value = part[row]
+                if value.ndim > 1:  # a mask: one of its wrong pixels says enough
+                    value = value[value != IGNORED].max()
                 raise ValueError(
-                    f"table {name!r}: row {first + row} is {part[row]}, expected {expected}"
+                    f"table {name!r}: row {first + row} is {value}, expected {expected}"
                 )
 
     def digest(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cache import files
+from cache.containers import journal
 from cache.containers.container import Container
 from cache.containers.hdf5 import Hdf5Container
 from cache.containers.zarr import ZarrContainer
@@ -99,6 +100,7 @@ def create(
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
     try:
         container_of(path).create(temporary, document, tables)
+        journal.forget(path)  # of a cache that was deleted by hand; the new one is another
         fd = lock(temporary, shared=shared)  # of the file itself: the rename keeps it
         try:
             _publish(temporary, path)
@@ -125,7 +127,7 @@ def remove(location: Path, unless: Callable[[], bool] = lambda: False) -> None:
             return
         doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
         path.rename(doomed)
-        path.with_name(f".{path.name}.undo").unlink(missing_ok=True)
+        journal.forget(path)
         _delete(doomed)
     finally:
         os.close(fd)

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from cache import files
-from cache.containers.container import ShardExtents
+from cache.containers.container import Container, ShardExtents
 from cache.containers.document import below, in_part, labelling_tables
 from cache.documents import canonical_json
 from cache.encoding import decode_keys
@@ -57,11 +57,10 @@ class Reader:
     """
 
     def __init__(self, location: str | Path, *, allow_incomplete: bool = False) -> None:
-        self.container = open_container(location)
+        self.container, self.slots = _opened(location)
         self.location = self.container.path
         self.manifest, self.labelling = self.container.manifest, self.container.labelling
         self.fingerprint = self.manifest.fingerprint
-        self.slots = self._read_slots()
         self.errors: dict[str, list[Error]] = {}
         self._done = np.zeros(self.manifest.shards, bool)
         skipped: dict[int, str] = {}
@@ -93,11 +92,6 @@ class Reader:
     def _row_tables(self) -> set[str]:
         """Names of the labelling's tables, as they are stored; version 1 has them at the root."""
         return set(labelling_tables(self.container.document))
-
-    def _read_slots(self) -> np.ndarray:
-        if below(self.container.labelling_at, "slots") in self._row_tables:
-            return self.labelling_table("slots")
-        return np.arange(self.labelling.rows)
 
     def __enter__(self) -> Self:
         return self
@@ -439,6 +433,19 @@ class Reader:
         if self._pid != os.getpid():  # forked: another thread may have held the pool's lock
             self._files, self._pid = files.OpenFiles(), os.getpid()
         return self._files
+
+
+def _opened(location: str | Path) -> tuple[Container, np.ndarray]:
+    """The cache at a location, and the slot of each row."""
+    while True:
+        container = open_container(location)
+        try:
+            if below(container.labelling_at, "slots") in labelling_tables(container.document):
+                return container, read_labelling_table(container, "slots")
+            return container, np.arange(container.labelling.rows)
+        except CacheDamaged:
+            if open_container(location).document == container.document:
+                raise  # else its labelling has been replaced twice meanwhile
 
 
 def _groups(values: np.ndarray) -> Iterator[tuple[int, slice]]:

@@ -12,8 +12,9 @@ once: with the cache, or with the part that they speak of. Those of a labelling 
 `labelling.py`.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import xxhash
@@ -26,6 +27,7 @@ from cache.errors import CacheDamaged, NameMissing
 from cache.manifest import Manifest
 
 _RESERVED = "stacks|scales|ledger|manifest|updates|labellings|labels|groups|split|slots|fold"
+_PIECE_BYTES = 16 * 2**20  # read at once; a table of masks may be larger than the memory
 _NAME = re.compile(rf"(?!({_RESERVED})(/|$))[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)*")
 
 
@@ -77,19 +79,42 @@ def read_table(container: Container, name: str) -> np.ndarray:
 
     Raises: NameMissing listing the tables there are; CacheDamaged naming the file.
     """
+    table = np.empty(*_shape_and_dtype(container, name))
+    memory = files.bytes_of(table)
+    _read_checked(container, name, lambda start, end: memory[start:end])
+    return table
+
+
+def check_table(container: Container, name: str) -> None:
+    """Compare a table with its checksum, piece by piece. Raises what `read_table` raises."""
+    piece = memoryview(bytearray(_PIECE_BYTES))
+    _read_checked(container, name, lambda start, end: piece[: end - start])
+
+
+def _read_checked(
+    container: Container, name: str, memory: Callable[[int, int], memoryview]
+) -> None:
+    """Read all bytes of a table, those from `start` to `end` into `memory(start, end)`."""
+    shape, dtype = _shape_and_dtype(container, name)
+    extent, length = container.table(name), dtype.itemsize * math.prod(shape)
+    digest = xxhash.xxh3_128()
+    try:
+        with files.opened(extent.path) as fd:
+            for start in range(0, length, _PIECE_BYTES):
+                piece = memory(start, min(length, start + _PIECE_BYTES))
+                got = files.read_exactly(fd, [piece], extent.offset + start)
+                digest.update(piece[:got])
+    except FileNotFoundError as error:
+        raise CacheDamaged(f"{extent.path}, table {name!r}, is missing") from error
+    if digest.hexdigest() != container.document["tables"][name]["xxh3_128"]:
+        raise CacheDamaged(f"{extent.path}: table {name!r} does not match its checksum")
+
+
+def _shape_and_dtype(container: Container, name: str) -> tuple[tuple[int, ...], np.dtype]:
     known = container.document["tables"]
     if name not in known:
         raise NameMissing(f"no table {name!r} in {container.path}: it holds {', '.join(known)}")
-    dtype, shape = np.dtype(known[name]["dtype"]), tuple(known[name]["shape"])
-    extent = container.table(name)
-    length = dtype.itemsize * int(np.prod(shape))
-    try:
-        data = files.read_at(extent.path, extent.offset, length)
-    except FileNotFoundError as error:
-        raise CacheDamaged(f"{extent.path}, table {name!r}, is missing") from error
-    if xxhash.xxh3_128_hexdigest(data) != known[name]["xxh3_128"]:
-        raise CacheDamaged(f"{extent.path}: table {name!r} does not match its checksum")
-    return np.frombuffer(data, dtype).reshape(shape).copy()
+    return tuple(known[name]["shape"]), np.dtype(known[name]["dtype"])
 
 
 def read_table_rows(container: Container, name: str, rows: np.ndarray) -> np.ndarray:
@@ -97,14 +122,11 @@ def read_table_rows(container: Container, name: str, rows: np.ndarray) -> np.nda
 
     Raises: NameMissing, CacheDamaged; IndexError for a row that it has not.
     """
-    known = container.document["tables"]
-    if name not in known:
-        raise NameMissing(f"no table {name!r} in {container.path}: it holds {', '.join(known)}")
-    dtype, shape = np.dtype(known[name]["dtype"]), tuple(known[name]["shape"])
+    shape, dtype = _shape_and_dtype(container, name)
     if len(rows) and not (rows.min() >= 0 and rows.max() < shape[0]):
         raise IndexError(f"table {name!r} has rows 0 to {shape[0] - 1}, asked for {rows}")
     out = np.empty((len(rows), *shape[1:]), dtype)
-    extent, length = container.table(name), dtype.itemsize * int(np.prod(shape[1:]))
+    extent, length = container.table(name), dtype.itemsize * math.prod(shape[1:])
     memory = out.reshape(-1).view(np.uint8).data
     starts = [extent.offset + int(row) * length for row in rows]
     buffers = [memory[i * length : (i + 1) * length] for i in range(len(rows))]

@@ -16,6 +16,7 @@ import xxhash
 from cache.errors import CacheDamaged
 from cache.ledger import read_record
 from cache.reader import Reader
+from cache.tables import check_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ def _check_tables(reader: Reader) -> tuple[list[Damage], list[str | None]]:
     keys: list[str | None] = [None] * reader.rows
     for name in reader.container.document["tables"]:
         try:
-            reader.table(name)
+            check_table(reader.container, name)
         except CacheDamaged as error:
             file = reader.container.table(name).path
             damaged.append(Damage(file=file, reason=str(error)))

@@ -10,6 +10,7 @@ replaces the one before.
 This module does not know what the numbers mean, nor which container holds them.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -136,7 +137,8 @@ class Writer:
             if plan is not None:
                 plan.refuse_differences(path, self._container)
                 self._settle_labelling(plan, overwrite)
-            self._container.sweep()
+            with disk_explained(path):
+                self._container.sweep()
             refuse_full_disk(path, self._left_bytes(), 0)
         except BaseException:
             os.close(lock_fd)
@@ -296,11 +298,14 @@ class Writer:
         Raises ValueError for a slot that is not in a finished shard; CacheDamaged where the shard's
         file cannot be written in place (`forget` its shard then); NoSpace, NotWritable.
         """
-        self._check_arrays(arrays)
-        shard = int(self.manifest.shards_of(np.array([slot]))[0])
+        if (count := self._check_arrays(arrays)) != 1:
+            raise ValueError(f"expected arrays of one slot, received {count}")
+        shard = int(self.manifest.shards_of(np.array(slot)))
+        if shard not in self._done:
+            raise ValueError(f"slot {slot} is not in a finished shard")
         record = read_record(self._container.record(shard), self.manifest, shard)
         if record is None:
-            raise ValueError(f"slot {slot} is not in a finished shard")
+            raise CacheDamaged(f"{self.location}: the record of shard {shard} is gone")
         place = slot - record.slots[0]
         digests = {stack: list(record.digests[stack]) for stack in arrays}
         with disk_explained(self.location):
@@ -337,7 +342,8 @@ class Writer:
             self._release(index)
             for stack, (_, extent) in shard.places.items():
                 self._container.discard(stack, index, extent)
-        self._container.sweep()
+        with contextlib.suppress(OSError):  # what is left the next writer finds
+            self._container.sweep()
         os.close(self._lock_fd)
 
     def _left_bytes(self) -> int:
@@ -376,7 +382,7 @@ class Writer:
 
     def _claim(self, start: int, count: int, skipped: Mapping[int, str]) -> tuple[int, _OpenShard]:
         """Take slots for the calling thread; begins their shard with its first ones."""
-        index = start // self.manifest.slots_per_shard
+        index = int(self.manifest.shards_of(np.array(start)))
         with self._lock:
             if self._closed:
                 raise ValueError("the writer is closed")

@@ -295,6 +295,52 @@ class TrainConfig(PassConfig):
         return {k: v for k, v in self.to_dict().items() if k not in self.FREE}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(PassConfig):
+    """What to search, how, and the pass that all rounds share (as in TrainConfig).
+
+    `space` is a YAML file (see `pipeline.search.space`). `trials` counts proposals, those that
+    cannot be trained too; None is the whole grid. `at_once` members train in one pass.
+    `sampler_seed` decides the proposals. With `halving`, members that lag behind at a rung are
+    stopped there.
+    """
+
+    space: str
+    trials: int | None = None
+    sampler: str = "tpe"
+    sampler_seed: int = 0
+    at_once: int = 16
+    halving: bool = False
+
+    SAMPLERS = ("tpe", "random", "grid")
+    FREE = (*PassConfig.FREE, "space", "trials", "at_once")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, self.sampler in self.SAMPLERS, "sampler", ", ".join(self.SAMPLERS))
+        require(
+            self,
+            self.trials is not None or self.sampler == "grid",
+            "trials",
+            "a number with any sampler but grid, which ends by itself",
+        )
+        require(self, self.trials is None or self.trials >= 1, "trials", "1 or more")
+        require(self, self.sampler_seed >= 0, "sampler_seed", "0 or more")
+        require(self, self.at_once >= 1, "at_once", "1 or more")
+        require(self, len(self.val_split) >= 1, "val_split", "a split: a sweep ranks by validation")
+
+    def pass_of(self, members: Sequence[Member], out: str | Path) -> TrainConfig:
+        """The training pass of these members."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(PassConfig)}
+        shared |= {"out": str(out), "overwrite": False}
+        return TrainConfig(members=tuple(members), **shared)
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the proposals and their results, beside the space and the cache."""
+        values = {k: v for k, v in vars(self).items() if k not in self.FREE}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
 def cross(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Lists multiply: {"lr": [1, 2], "seed": [0, 1]} → four dicts, the last axis fastest."""
     names = list(axes)

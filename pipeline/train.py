@@ -26,15 +26,24 @@ from pipeline.device import (
     without_tf32,
 )
 from pipeline.errors import RunError
-from pipeline.features.operands import (
-    Batch,
-    Batches,
+from pipeline.features.labelled import (
     LabelledRows,
-    choose_resident,
     feature_spec,
     initial_weights,
     labelled_rows,
     make_task,
+)
+from pipeline.features.operands import Batch, Batches
+from pipeline.features.residence import choose_resident
+from pipeline.records import (
+    EpochDone,
+    Loading,
+    MemberResult,
+    MemberStopped,
+    PassStarted,
+    TrainRecord,
+    TrainResult,
+    finite,
 )
 from pipeline.runs.events import Events
 from pipeline.runs.run import (
@@ -46,7 +55,7 @@ from pipeline.runs.run import (
     number_of,
     position_of,
 )
-from pipeline.tasks.metrics import SCORES, Scores, Task, finite, rank
+from pipeline.tasks.metrics import SCORES, Scores, Task
 from pipeline.training.members import Stack, make_stacks, method_settings, score, step_bytes
 from pipeline.training.optim import learning_rate
 from pipeline.training.workers import Workers
@@ -61,105 +70,7 @@ SMALLER = (
 TIMED_STEPS = 8  # after as many to warm up, before the pass says how long an epoch takes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """Reported while operands are computed and made resident."""
-
-    rows: int
-    total: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """Reported once, after the first timed steps: where the features live and the pace.
-
-    `left_out` counts rows that have no label for any target. `epochs_done` is above zero if a
-    killed run goes on.
-    """
-
-    members: int
-    parameters: int
-    train_rows: int
-    val_rows: int
-    left_out: int
-    resident: str
-    bytes: int
-    device: str
-    precision: str
-    seconds_per_epoch: float
-    epochs_done: int
-    epochs: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochDone:
-    """Reported after each epoch: the lowest training loss of its members, and the best validation
-    score so far, called `metric`, of those members that learn the first member's task."""
-
-    epoch: int
-    epochs: int
-    members: int
-    train_loss: float
-    metric: str
-    score: float | None
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemberStopped:
-    """Reported when a member leaves before its last epoch; the others go on."""
-
-    id: str
-    epoch: int
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemberResult:
-    """One trained member: all its settings, its last epoch's validation scores.
-
-    `scores` holds `val_<name>` for the task's scores and the loss, None where nothing was
-    validated; `metric` names the one that ranks.
-    """
-
-    id: str
-    method: str
-    settings: dict[str, Any]
-    parameters: int
-    metric: str
-    scores: dict[str, float | None]
-    stopped: str | None = None
-
-    @property
-    def score(self) -> float | None:
-        """The validation score that ranks."""
-        return self.scores[self.metric]
-
-    @property
-    def rank(self) -> tuple[bool, float, float]:
-        """Sorts members of one task, best first."""
-        return rank(self.score, self.scores["val_loss"], stopped=bool(self.stopped))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `train --json` shows it: the scores beside the rest."""
-        values = dict(vars(self))
-        scores = values.pop("scores")
-        return {**values, **scores}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What `train` did. `images_per_second` counts each training row once an epoch, however many
-    members learn from it; zero if the run was already finished."""
-
-    run: str
-    seconds: float
-    images_per_second: float
-    epochs_trained: int
-    members: list[MemberResult]
-
-
-Report = Callable[[Loading | Start | EpochDone | MemberStopped], None]
+Report = Callable[[TrainRecord], None]
 Judge = Callable[[int, Mapping[str, float | None]], Collection[str]]
 
 
@@ -306,7 +217,7 @@ class _Pass:
         judge: Judge | None,
         *,
         begin: float,  # of this call
-        start: Mapping[str, Any],  # what `Start` tells beside the pace
+        start: Mapping[str, Any],  # what `PassStarted` tells beside the pace
         card: Mapping[str, Any],  # what all members' adapter_config.json say alike
     ) -> None:
         self.config, self.run, self.workers = config, run, workers
@@ -373,7 +284,9 @@ class _Pass:
         self._train_epoch(epoch)
         self._validate()
         lines = self._lines(epoch)
-        stopped = {**self.done.stopped, **self._stopping(epoch + 1)}
+        diverged = self._diverged()
+        pruned = self._pruned(epoch + 1, diverged.keys())
+        stopped = {**self.done.stopped, **diverged, **pruned}
         self.seconds += time.perf_counter() - begin
         self.run.append_metrics(lines)
         events.add(lines)
@@ -381,8 +294,14 @@ class _Pass:
         self.done = _Done(epochs=epoch + 1, history=history, stopped=stopped)
         self._report_epoch(lines)
         for position in sorted(stopped.keys() - before.stopped.keys()):
-            reason = stopped[position]
-            self.report(MemberStopped(id=member_id(position), epoch=epoch + 1, reason=reason))
+            self.report(
+                MemberStopped(
+                    id=member_id(position),
+                    epoch=epoch + 1,
+                    reason=stopped[position],
+                    pruned=position in pruned,
+                )
+            )
         self._retire()
 
     def _train_epoch(self, epoch: int) -> None:
@@ -419,7 +338,7 @@ class _Pass:
 
     def _report_start(self, seconds_per_epoch: float) -> None:
         self.report(
-            Start(
+            PassStarted(
                 members=len(self.config.members),
                 parameters=sum(parameters for _, parameters in self.known.values()),
                 seconds_per_epoch=seconds_per_epoch,
@@ -470,22 +389,28 @@ class _Pass:
             )
         )
 
-    def _stopping(self, epochs: int) -> dict[int, str]:
-        """Who leaves after so many epochs, before its last, and why: its loss, or the judge."""
-        stopping: dict[int, str] = {}
-        learning: dict[str, float | None] = {}
+    def _diverged(self) -> dict[int, str]:
+        """Who had a loss that is not finite, and at which step."""
+        found: dict[int, str] = {}
         for _, stack in self.learning.stacks:
-            steps = zip(stack.positions, stack.members, stack.bad_step.tolist(), strict=True)
-            for position, member, step in steps:
+            for position, step in zip(stack.positions, stack.bad_step.tolist(), strict=True):
                 if step >= 0:
-                    stopping[position] = f"loss not finite at step {step}"
-                elif member.epochs > epochs:
-                    known = self.scores.get(position)
-                    learning[member_id(position)] = None if known is None else known.score
-        if self.judge is not None and learning:
-            for name in self.judge(epochs, learning):
-                stopping[position_of(name)] = f"pruned after epoch {epochs}"
-        return stopping
+                    found[position] = f"loss not finite at step {step}"
+        return found
+
+    def _pruned(self, epochs: int, diverged: Collection[int]) -> dict[int, str]:
+        """Whom the judge stops after so many epochs, of those that would go on."""
+        learning = {
+            member_id(position): None if known is None else known.score
+            for _, stack in self.learning.stacks
+            for position, member in zip(stack.positions, stack.members, strict=True)
+            if position not in diverged and member.epochs > epochs
+            for known in [self.scores.get(position)]
+        }
+        if self.judge is None or not learning:
+            return {}
+        reason = f"pruned after epoch {epochs}"
+        return {position_of(name): reason for name in self.judge(epochs, learning)}
 
     def _retire(self) -> None:
         """Save the members that have ended and let them go."""

@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATIONS = ["pipeline.process", "pipeline.device", "pipeline.config", "pipeline.errors"]
+FOUNDATIONS = [
+    "pipeline.process",
+    "pipeline.device",
+    "pipeline.records",
+    "pipeline.config",
+    "pipeline.errors",
+]
 ROOMS = [
     "cli",
     "pipeline.terminal",
@@ -38,11 +44,11 @@ ROOMS = [
 ONLY_IN = {  # package → the files, or rooms, that may import it
     "timm": {"pipeline.backbones.timm_models", "pipeline.sources.timm_sets"},
     "torchvision": {"pipeline.sources.timm_sets"},
-    "zarr": {"cache.zarr_backend"},
-    "h5py": {"cache.hdf5_backend"},
+    "zarr": {"cache.containers.zarr"},
+    "h5py": {"cache.containers.hdf5"},
     "click": {"cli", "pipeline.terminal"},
     "rich": {"cli", "pipeline.terminal"},
-    "psutil": {"pipeline.features.memory"},
+    "psutil": {"pipeline.features.residence"},
     "jinja2": {"pipeline.report"},
     "yaml": {"pipeline.config", "pipeline.runs.run", "pipeline.search.space", "pipeline.sweep"},
     "optuna": {"pipeline.search.proposals"},
@@ -169,6 +175,7 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_importing_cache_or_cli_loads_nothing_heavy() -> None:
     assert not loaded_by("import cache") & {"torch", "timm", "zarr", "h5py"}
+    assert not loaded_by("import pipeline.records") & {"torch", "numpy"}
     assert not loaded_by("import cli") & {"torch", "timm", "zarr", "h5py", "rich", "numpy"}
 
 

@@ -4,33 +4,34 @@ h5py lays the file out: every dataset contiguous and allocated before any data e
 of every byte is known and the bulk never passes through the library. The format is the oldest one
 (superblock 0), which has no "open for writing" mark that a crash would leave behind.
 
-The library writes again only when the document is replaced (`amend`), and HDF5 cannot do that in
-one step. So what it may write over, all that is not some dataset's numbers, is first copied to a
-file beside the cache, `.<name>.undo`. As long as that file is there the change is not done: the
-next writer puts the bytes back, and readers wait. Numbers that were there are never moved.
+Nor does the library ever touch the file: it works on an `Overlay`, and what it would write is
+written here. When the document is replaced (`amend`) these are many small places that belong
+together, so they go through a `journal`. Numbers that were there are never moved.
 
 The stacks come last in the file: a file that was cut short loses rows, not the manifest.
 """
 
-import contextlib
+import functools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import xxhash
 
 from cache import files
+from cache.containers import journal
 from cache.containers.container import Container, Extent, ShardExtents
 from cache.containers.document import arrays_of, in_part
+from cache.containers.overlay import Overlay
 from cache.documents import canonical_json
 from cache.errors import CacheDamaged, CacheError, CacheLocked
 
 WAIT_SECONDS = 10.0  # for a change of the document, which takes milliseconds
-_UNDO_MAGIC = b"sidecache undo 1\n"
+_OLDEST = ("earliest", "v110")
+_END_AT = 40  # where superblock 0 says, in 8 bytes, where the file ends
 
 
 class Hdf5Container(Container):
@@ -47,48 +48,54 @@ class Hdf5Container(Container):
         """Lay out the file, replacing what `path` holds."""
         import h5py
 
-        with h5py.File(path, "w", libver=_OLDEST, locking=False) as file:
+        overlay = Overlay(lambda offset, length: b"", 0)
+        with h5py.File(overlay, "w", libver=_OLDEST) as file:
             _write_document(file, document)
-            _create_datasets(file, arrays_of(document), tables)
-        files.sync(path)
+            places = _allocate(file, arrays_of(document))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            for offset, data in overlay.writes:
+                files.write_all(fd, memoryview(data), offset)
+            _write_tables(fd, tables, places)
+            os.ftruncate(fd, overlay.size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Read the document and the place of every dataset, and close the file again.
+        """Read the document and the place of every dataset.
 
-        Waits for a change of the document that another process is making; puts back what a killed
-        one left half changed.
+        A change that is being made, or that was interrupted, is read as if it were finished.
         """
-        end, damaged = time.monotonic() + WAIT_SECONDS, False
-        while True:
-            if _undo_path(path).exists():
-                _undo_if_nobody_writes(path)
-            try:
-                container = cls._open(path)
-            except CacheDamaged:
-                if damaged and not _undo_path(path).exists():
-                    raise
-                damaged = True  # or it was changed just then: look again
-            else:
-                if not _undo_path(path).exists():
+        end = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < end:
+            change, failed = journal.pending(path), None
+            with files.opened(path) as fd:
+                read = functools.partial(files.read_from, fd)
+                size = os.fstat(fd).st_size
+                overlay = Overlay(read, change.size if change else size)
+                overlay.writes += change.writes if change else ()
+                try:
+                    container = cls._read(path, overlay)
+                except CacheDamaged as error:
+                    failed = error
+                # In this order: a change that began and ended meanwhile is found by its bytes
+                same = journal.pending(path) == change
+                if same and (change or (os.fstat(fd).st_size == size and overlay.unchanged())):
+                    if failed:
+                        raise failed
                     return container
-            if time.monotonic() > end:
-                raise CacheLocked(
-                    f"{path} is being changed, or a change of it was interrupted "
-                    f"({_undo_path(path).name} is there): open it once as a user who may write it, "
-                    f"which puts the old state back"
-                )
-            time.sleep(0.01)
+            time.sleep(0.001)
+        raise CacheLocked(f"{path} is changed again and again by another process: try later")
 
     @classmethod
-    def _open(cls, path: Path) -> Self:
+    def _read(cls, path: Path, overlay: Overlay) -> Self:
         import h5py
 
         try:
-            # Without HDF5's own lock: it fails on some network file systems, and on ours
-            with h5py.File(path, "r", locking=False) as file:
-                document = json.loads(file["manifest"][()])
-                container = cls(path, document, {})
+            with h5py.File(overlay, "r") as file:
+                container = cls(path, json.loads(file["manifest"][()]), {})
                 container._offsets = {
                     name: _offset(path, file, name, shape, dtype)
                     for name, shape, dtype in arrays_of(container.document)
@@ -100,34 +107,52 @@ class Hdf5Container(Container):
         return container
 
     def amend(self, document: dict[str, Any], tables: Mapping[str, np.ndarray]) -> Self:
-        """New datasets at the end of the file and another `manifest`, undone if it is interrupted.
+        """New datasets behind the end of the file; then, through a journal, all that refers to
+        them.
 
         Room of deleted tables is given back by `copy` alone; it is not used again, so that readers
         that have the file open go on.
         """
-        import h5py
-
+        self.sweep()
         there = {name for name, _, _ in arrays_of(self.document)}
         new = [array for array in arrays_of(document) if array[0] not in there]
-        gone = set(self.document["former"]) - set(document["former"])
-        kept = [
-            (self._offsets[name], int(np.prod(shape)) * dtype.itemsize)
-            for name, shape, dtype in arrays_of(self.document)
-        ]
-        _write_undo(self.path, kept)
-        try:
-            with h5py.File(self.path, "r+", libver=_OLDEST, locking=False) as file:
-                _create_datasets(file, iter(new), tables)
-                del file["manifest"]
-                _write_document(file, document)
-                for name in gone:  # last: what is made after it could take its room
-                    del file[name]
-            files.sync(self.path)
-        except BaseException:
-            _undo(self.path)
-            raise
-        _forget_undo(self.path)
+        with files.opened(self.path, os.O_RDWR) as fd:
+            read = functools.partial(files.read_from, fd)
+            end = int.from_bytes(read(_END_AT, 8), "little")
+            overlay = Overlay(read, end)
+            places = self._change(overlay, document, new)
+            assert min(places.values(), default=end) >= end, (places, end)
+            try:
+                os.ftruncate(fd, end)  # what a killed change left behind it would show in ledgers
+                os.ftruncate(fd, max(end, overlay.size))
+                _write_tables(fd, tables, places)
+                os.fsync(fd)
+            except BaseException:
+                os.ftruncate(fd, end)
+                raise
+            inode = os.fstat(fd).st_ino
+        writes = tuple(overlay.writes)
+        change = journal.Journal(file=inode, size=overlay.size, writes=writes)
+        journal.publish(self.path, change)
+        journal.finish(self.path, change)
         return type(self).open(self.path)
+
+    def _change(
+        self,
+        overlay: Overlay,
+        document: dict[str, Any],
+        new: Iterable[tuple[str, tuple[int, ...], np.dtype]],
+    ) -> dict[str, int]:
+        """Have the library change what it sees; where the new datasets lie."""
+        import h5py
+
+        with h5py.File(overlay, "r+", libver=_OLDEST) as file:
+            places = _allocate(file, new)
+            del file["manifest"]
+            _write_document(file, document)
+            for name in set(self.document["former"]) - set(document["former"]):
+                del file[name]  # last: what is made after it could take its room
+        return places
 
     def table(self, name: str) -> Extent:
         """The place of the table's dataset."""
@@ -175,10 +200,9 @@ class Hdf5Container(Container):
         self.write_record(shard, bytes(self.record_bytes(shard)))
 
     def sweep(self) -> None:
-        """Nothing to do: there are no unfinished files."""
-
-
-_OLDEST = ("earliest", "v110")
+        """Finish the change that a killed writer has begun."""
+        if change := journal.pending(self.path):
+            journal.finish(self.path, change)
 
 
 def _write_document(file: Any, document: dict[str, Any]) -> None:
@@ -187,19 +211,8 @@ def _write_document(file: Any, document: dict[str, Any]) -> None:
     file.create_dataset("manifest", data=canonical_json(document), dtype=h5py.string_dtype())
 
 
-def _create_datasets(
-    file: Any,
-    arrays: Iterator[tuple[str, tuple[int, ...], np.dtype]],
-    tables: Mapping[str, np.ndarray],
-) -> None:
-    for name, shape, dtype in arrays:
-        _allocate(file, name, shape, dtype)
-        if name in tables:
-            file[name][...] = tables[name]
-
-
-def _allocate(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Make a contiguous dataset whose room is taken at once and not filled."""
+def _allocate(file: Any, arrays: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> dict[str, int]:
+    """Make contiguous datasets whose room is taken at once and not filled; where it lies."""
     import h5py
 
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -209,9 +222,18 @@ def _allocate(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype) -> 
     layout.set_obj_track_times(False)
     link = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     link.set_create_intermediate_group(True)
-    kind = h5py.h5t.py_create(dtype, logical=True)
-    space = h5py.h5s.create_simple(shape)
-    h5py.h5d.create(file.id, name.encode(), kind, space, dcpl=layout, lcpl=link)
+    places = {}
+    for name, shape, dtype in arrays:
+        kind = h5py.h5t.py_create(dtype, logical=True)
+        space = h5py.h5s.create_simple(shape)
+        dataset = h5py.h5d.create(file.id, name.encode(), kind, space, dcpl=layout, lcpl=link)
+        places[name] = dataset.get_offset()
+    return places
+
+
+def _write_tables(fd: int, tables: Mapping[str, np.ndarray], places: Mapping[str, int]) -> None:
+    for name, table in tables.items():
+        files.write_all(fd, files.bytes_of(table), places[name])
 
 
 def _offset(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -225,67 +247,3 @@ def _offset(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: np.
             f"{dtype} {shape}: damaged, or rewritten by another tool"
         )
     return offset
-
-
-def _undo_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.undo")
-
-
-def _write_undo(path: Path, kept: list[tuple[int, int]]) -> None:
-    """Copy what the library may write over: all bytes but those of the datasets, which are `kept`
-    as (offset, length). Durable when this returns."""
-    size = path.stat().st_size
-    ranges, at = [], 0
-    for offset, length in sorted(kept):
-        if offset > at:
-            ranges.append((at, offset - at))
-        at = max(at, offset + length)
-    if size > at:
-        ranges.append((at, size - at))
-    data = b"".join(files.read_at(path, offset, length) for offset, length in ranges)
-    head = {"size": size, "ranges": ranges, "file": path.stat().st_ino}
-    text = canonical_json({**head, "check": xxhash.xxh3_128_hexdigest(data)}).encode()
-    partial = _undo_path(path).with_suffix(".partial")  # there is one writer
-    with partial.open("wb") as file:
-        file.write(_UNDO_MAGIC + text + b"\n" + data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(_undo_path(path))
-    files.sync_folder(path.parent)
-
-
-def _undo(path: Path) -> None:
-    """Put back what `_write_undo` has copied, durably; the caller is the only writer."""
-    undo = _undo_path(path)
-    magic, text, data = undo.read_bytes().split(b"\n", 2)
-    head = json.loads(text)
-    if magic + b"\n" != _UNDO_MAGIC or head["check"] != xxhash.xxh3_128_hexdigest(data):
-        raise CacheDamaged(f"{undo} is damaged", undo)
-    if head["file"] != path.stat().st_ino:
-        raise CacheDamaged(
-            f"{undo} belongs to another file than {path}, which was replaced since: delete it if "
-            "the cache is whole (`verify` tells), or bring back the file that was there",
-            undo,
-        )
-    with files.opened(path, os.O_WRONLY) as fd:
-        for offset, length in head["ranges"]:
-            files.write_all(fd, memoryview(data[:length]), offset)
-            data = data[length:]
-        os.ftruncate(fd, head["size"])
-        os.fsync(fd)
-    _forget_undo(path)
-
-
-def _forget_undo(path: Path) -> None:
-    _undo_path(path).unlink()
-    files.sync_folder(path.parent)
-
-
-def _undo_if_nobody_writes(path: Path) -> None:
-    """Undo a change whose process has died; leave it if one lives, or if this user may not."""
-    gone = (PermissionError, FileNotFoundError)
-    with contextlib.suppress(*gone), files.opened(path, os.O_RDWR) as fd:
-        locked, undo = files.try_lock(fd), _undo_path(path)
-        old = time.time() - undo.stat().st_mtime > files.YOUNG_SECONDS
-        if (locked or (locked is None and old)) and undo.exists():
-            _undo(path)

@@ -10,8 +10,8 @@ would not survive a fork. Knows nothing about the order of publication.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import numpy as np
@@ -39,19 +39,23 @@ class ZarrContainer(Container):
     @classmethod
     def create(cls, path: Path, document: dict[str, Any], tables: Mapping[str, np.ndarray]) -> None:
         """Lay out the folder. `path` must be absent or empty."""
-        import zarr
-
-        attributes = {"sidecache": document}
-        root = zarr.create_group(_local_store(path), zarr_format=3, attributes=attributes)
-        _create_arrays(root, document, tables, [name for name, _, _ in arrays_of(document)])
-        files.sync_tree(path)
+        _write_new(path, _layout(document, [name for name, _, _ in arrays_of(document)]), tables)
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Read and check the metadata; no stack file is touched."""
-        attributes = _metadata(path).get("attributes", {})
+        while True:
+            document = _metadata(path).get("attributes", {}).get("sidecache")
+            try:
+                return cls._checked(path, document)
+            except CacheDamaged:
+                if _metadata(path).get("attributes", {}).get("sidecache") == document:
+                    raise  # else it was replaced meanwhile, and what it spoke of deleted
+
+    @classmethod
+    def _checked(cls, path: Path, document: Any) -> Self:
         try:
-            container = cls(path, attributes.get("sidecache"))
+            container = cls(path, document)
         except CacheDamaged as error:
             raise CacheDamaged(str(error).replace(str(path), str(path / "zarr.json"), 1)) from None
         manifest = container.manifest
@@ -67,27 +71,34 @@ class ZarrContainer(Container):
 
     def amend(self, document: dict[str, Any], tables: Mapping[str, np.ndarray]) -> Self:
         """New arrays under names that nothing speaks of yet; then the document, by a rename."""
-        import zarr
-
         there = {name for name, _, _ in arrays_of(self.document)}
         new = [name for name, _, _ in arrays_of(document) if name not in there]
         for name in new:
             _delete(self.path / name)  # what a killed change left there
-        root = zarr.open_group(_local_store(self.path), mode="r+")
-        _create_arrays(root, document, tables, new)
-        for folder in {name.split("/")[0] for name in new}:
-            files.sync_tree(self.path / folder)
-        files.sync_folder(self.path)
+        layout = _layout(document, new)
+        of_arrays = {f"{name}/zarr.json" for name in new}
+        groups = {key for key in layout if (self.path / key).exists()} - of_arrays
+        _write_new(self.path, {k: v for k, v in layout.items() if k not in groups}, tables)
         metadata = _metadata(self.path)
         metadata["attributes"]["sidecache"] = document
         text = json.dumps(metadata, indent=2, allow_nan=False).encode()
         files.write_atomic(self.path / "zarr.json", text, self.path / PARTIAL)
         files.sync_folder(self.path)
         files.sweep(self.path / PARTIAL)
-        for name in set(self.document["former"]) - set(document["former"]):
+        amended = type(self).open(self.path)
+        amended._delete_unknown(set(self.document["former"]) - set(document["former"]))
+        return amended
+
+    def _delete_unknown(self, gone: Collection[str]) -> None:
+        """Delete arrays of former documents, and what killed changes have left."""
+        for name in gone:
             _delete(self.path / name)
             self._delete_empty_groups(self.path.joinpath(name).parent)
-        return type(self).open(self.path)
+        known = [*(name for name, _, _ in arrays_of(self.document)), *self.document["former"]]
+        for folder in (*self.path.glob("labellings/*/"), *self.path.glob("updates/*/")):
+            inside = f"{folder.relative_to(self.path).as_posix()}/"
+            if not any(name.startswith(inside) for name in known):
+                _delete(folder)
 
     def _delete_empty_groups(self, folder: Path) -> None:
         if folder != self.path and [path.name for path in folder.iterdir()] in ([], ["zarr.json"]):
@@ -97,7 +108,7 @@ class ZarrContainer(Container):
     def table(self, name: str) -> Extent:
         """The one chunk file of the table."""
         axes = len(self.document["tables"][name]["shape"])
-        return Extent(self.path.joinpath(name, "c", *["0"] * axes), 0)
+        return Extent(self.path / _chunk(name, axes), 0)
 
     def record_place(self, shard: int) -> Extent:
         """The record's chunk file."""
@@ -217,40 +228,21 @@ class ZarrContainer(Container):
         return self.manifest.slots_per_shard * self.manifest.views * 16 + 4
 
 
-def _local_store(path: Path) -> Any:
-    """zarr's store of plain files, for a folder where nobody else writes.
+def _layout(document: dict[str, Any], names: Collection[str]) -> dict[str, bytes]:
+    """The metadata files of those arrays that `names` lists, and of the groups above them."""
+    import zarr
+    from zarr.storage import MemoryStore
 
-    Its own way to set what is absent makes hard links, which some file systems lack.
-    """
-    from zarr.storage import LocalStore
-
-    class Store(LocalStore):
-        async def set_if_not_exists(self, key: str, value: Any) -> None:
-            if not await self.exists(key):
-                await self.set(key, value)
-
-    return Store(path)
-
-
-def _create_arrays(
-    root: Any, document: dict[str, Any], tables: Mapping[str, np.ndarray], names: Sequence[str]
-) -> None:
-    """Make those arrays that `names` lists: stacks in shards, everything else in plain chunks."""
+    made: dict[str, Any] = {}
+    attributes = {"sidecache": document}
+    root = zarr.create_group(MemoryStore(made), zarr_format=3, attributes=attributes)
     manifest = manifest_of(document)
     plain: dict[str, Any] = {"compressors": None, "filters": None, "fill_value": 0}
     for name, shape, dtype in arrays_of(document):
         if name not in names:
             continue
-        if name in document["tables"]:
-            array = root.create_array(
-                name,
-                shape=shape,
-                dtype=dtype,
-                chunks=tuple(max(1, length) for length in shape),  # one file a table
-                config={"write_empty_chunks": True},
-                **plain,
-            )
-            array[...] = tables[name]
+        if name in document["tables"]:  # one file a table
+            root.create_array(name, shape=shape, dtype=dtype, chunks=shape, **plain)
         elif len(shape) == 2:  # a ledger: one file a record
             root.create_array(name, shape=shape, dtype=dtype, chunks=(1, shape[1]), **plain)
         else:
@@ -263,6 +255,24 @@ def _create_arrays(
                 dimension_names=DIMENSIONS,
                 **plain,
             )
+    return {key: metadata.to_bytes() for key, metadata in made.items()}
+
+
+def _write_new(path: Path, layout: Mapping[str, bytes], tables: Mapping[str, np.ndarray]) -> None:
+    """Write metadata files and tables where none are, durably with their names."""
+    contents = {key: memoryview(metadata) for key, metadata in layout.items()}
+    contents |= {_chunk(name, table.ndim): files.bytes_of(table) for name, table in tables.items()}
+    folders = {path}
+    for key, data in contents.items():
+        files.write_new(path / key, data)
+        folders |= {path / above for above in PurePosixPath(key).parents}
+    for folder in sorted(folders, reverse=True):  # the lowest first
+        files.sync_folder(folder)
+
+
+def _chunk(name: str, axes: int) -> str:
+    """The one chunk file of a table."""
+    return "/".join([name, "c", *["0"] * axes])
 
 
 def _delete(folder: Path) -> None:

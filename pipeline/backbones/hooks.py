@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.backbones.contract import Sink
+from pipeline.side.tap import tap_names
 
 
 class BlockHooks:
@@ -18,8 +19,8 @@ class BlockHooks:
     wanted: those that a sink hears of.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], letter: str = "z") -> None:
-        self.names = tuple(f"{letter}{number}" for number in range(len(blocks) + 1))
+    def __init__(self, blocks: Sequence[nn.Module], series: str = "z") -> None:
+        self.names = tap_names(range(len(blocks) + 1), series)
         self.wanted = set(self.names)
         self._sink: Sink | None = None
         blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)

@@ -29,6 +29,7 @@ from pipeline.backbones.hooks import BlockHooks
 from pipeline.backbones.weights import read_weights, weights_sha256
 from pipeline.errors import BackboneError, SettingError, gist
 from pipeline.side import TokenShape
+from pipeline.side.tap import tap_depths
 from pipeline.sources.batches import ImageBatch, Images, image_batches
 
 STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules
@@ -109,7 +110,7 @@ class TimmBackbone(Backbone):
         """Read only these taps from now on; a plain ViT stops after the deepest."""
         self._hooks.wanted = set(taps)
         if hasattr(self.model, "blocks"):
-            deepest = max(self._hooks.names.index(tap) for tap in taps)
+            deepest = max(tap_depths(taps))
             self.model.blocks = self.model.blocks[: max(1, deepest)]  # type: ignore[index]
 
     def prepare(self, opened: Image.Image) -> Tensor:

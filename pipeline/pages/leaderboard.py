@@ -18,8 +18,9 @@ from typing import Any
 from cache import CacheError, Reader
 from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError
+from pipeline.records import rank
 from pipeline.runs.run import Run, loss_of, position_of, score_of
-from pipeline.tasks.metrics import Task, rank
+from pipeline.tasks.metrics import Task
 
 TITLES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "r2": "R²", "mae": "mean absolute error"}
 FEW_VALUES = 6  # of a setting: so many have means, even if each was scored once

@@ -34,6 +34,7 @@ from torch import Tensor
 from pipeline import __version__
 from pipeline.config import PassConfig, TrainConfig
 from pipeline.errors import RunError
+from pipeline.records import finite, rank
 from pipeline.runs.events import FOLDER as EVENTS
 from pipeline.runs.folder import (
     append_text,
@@ -47,7 +48,7 @@ from pipeline.runs.folder import (
     whole_file,
 )
 from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
-from pipeline.tasks.metrics import SCORES, Task, finite, rank
+from pipeline.tasks.metrics import SCORES, Task
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINT, SUMMARY, MEMBERS, COST = "checkpoint.pt", "summary.csv", "members", "cost.json"

@@ -13,7 +13,6 @@ here on.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -23,20 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.records import finite
+
 # kind → its scores; the first one ranks, higher is better
 SCORES = {"class": ("top1", "top5"), "multilabel": ("map",), "regression": ("r2", "mae")}
-
-
-def rank(score: float | None, loss: float | None, *, stopped: bool) -> tuple[bool, float, float]:
-    """Sorts the members of one task, best first: by score, then by loss; those without a finite
-    score later, those that were stopped early last."""
-    score, loss = finite(score), finite(loss)
-    return stopped, math.inf if score is None else -score, math.inf if loss is None else loss
-
-
-def finite(value: float | None) -> float | None:
-    """The value; None in place of NaN and the infinities."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from pipeline.evaluate import Evaluation
     from pipeline.extract import ExtractResult
     from pipeline.predict import Prediction
+    from pipeline.records import MemberResult, SweepResult, TrainResult, TrialDone
     from pipeline.report import Written
-    from pipeline.search.proposals import TrialDone
-    from pipeline.sweep import SweepResult
-    from pipeline.train import MemberResult, TrainResult
 
 ALONE = ("rank", "gap", "depth", "pool", "lr", "epochs", "seed")  # shown of a single member
 BEST = 10  # trials that are shown

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from cache import Labelling, Manifest, Stack, Target, Writer, encode, encode_keys
+from cache.containers.document import below
+from cache.labelling import FIRST
 
 CONTAINERS = ("zarr", "h5")
 
 
 @dataclass
 class Sample:
-    """A manifest, a labelling, their tables, and the stacks' values in the storage dtype."""
+    """A manifest, a labelling, their tables, and the values of the stacks in the storage dtype."""
 
     manifest: Manifest
     labelling: Labelling
@@ -35,6 +37,15 @@ class Sample:
     def fill(self, writer: Writer, shards: Iterable[range] | None = None) -> None:
         for rows in writer.pending if shards is None else shards:
             writer.write(rows.start, self.rows(rows.start, rows.stop))
+
+    @property
+    def stored(self) -> dict[str, np.ndarray]:
+        """The tables by the names under which a new cache keeps them."""
+        of_labelling = {*self.labelling.tables, *(f"groups/{g}" for g in self.labelling.groups)}
+        return {
+            below(FIRST, name) if name in of_labelling else name: table
+            for name, table in self.tables.items()
+        }
 
     def write(self, location: Path, **options: object) -> Path:
         with Writer(location, self.manifest, self.labelling, self.tables, **options) as writer:

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import Reader, Target, Writer, decode, files, inspect, verify
-from cache import writer as writer_module
+from cache import Reader, Target, Writer, decode, files, inspect, planning, verify
 from cache.ledger import Record
 from cache.location import lock, open_container
 
@@ -56,7 +55,7 @@ def test_plain_libraries_read_the_same(location, samples, storage):
         stored = raw(location, f"stacks/{name}")
         assert stored.dtype == values.dtype
         np.testing.assert_array_equal(stored, values)
-    for name, table in sample.tables.items():
+    for name, table in sample.stored.items():
         np.testing.assert_array_equal(raw(location, name), table)
     shards, record_bytes = raw(location, "ledger").shape
     assert shards == 3
@@ -151,7 +150,7 @@ def test_targets_of_every_kind(location, sample):
             table = sample.tables[f"labels/{name}"]
             assert reader.labels(name).dtype == table.dtype
             np.testing.assert_array_equal(reader.labels(name), table)
-            np.testing.assert_array_equal(raw(location, f"labels/{name}"), table)
+            np.testing.assert_array_equal(raw(location, f"labellings/0/labels/{name}"), table)
             assert reader.target(name).name == name
         np.testing.assert_array_equal(reader.labels(), reader.labels("label"))
         assert reader.target() == sample.labelling.targets[0]
@@ -167,13 +166,16 @@ def test_targets_of_every_kind(location, sample):
     assert verify(location).ok
 
 
-def test_other_labels_are_another_content(tmp_path, sample):
-    contents = []
+def test_other_labels_are_another_labelling_of_the_same_content(tmp_path, sample):
+    contents, labellings = [], []
     for name, age in (("a", 0.5), ("b", 0.5), ("c", 0.25)):
         changed = several_targets(dataclasses.replace(sample, tables=dict(sample.tables)))
         changed.tables["labels/age"][4] = age
-        contents.append(inspect(changed.write(tmp_path / f"{name}.zarr")).content)
-    assert contents[0] == contents[1] != contents[2]
+        found = inspect(changed.write(tmp_path / f"{name}.zarr"))
+        contents.append(found.content)
+        labellings.append(found.labelling)
+    assert contents[0] == contents[1] == contents[2]
+    assert labellings[0] == labellings[1] != labellings[2]
 
 
 def test_a_cache_without_targets_or_values(location, sample):
@@ -316,9 +318,9 @@ def test_measured_errors_add_up(location, sample):
 def test_a_layout_without_room_for_errors_goes_without(location, sample, monkeypatch):
     """Caches laid out by an earlier program have shorter records; here ones without any slack."""
     names = {stack.name: ["0" * 32] * 4 for stack in sample.manifest.stacks}
-    record = Record(shard=0, rows=(8, 12), digests=names, skipped={})
+    record = Record(shard=0, slots=(8, 12), digests=names, skipped={})
     length = len(record.to_bytes(4096).rstrip(b"\0"))
-    monkeypatch.setattr("cache.writer.record_bytes", lambda manifest: length)
+    monkeypatch.setattr("cache.containers.document.record_bytes", lambda manifest, part: length)
     with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         for rows in writer.pending:
             arrays = sample.rows(rows.start, rows.stop)
@@ -359,7 +361,7 @@ def test_the_loser_of_a_race_uses_the_winners_cache(location, sample, monkeypatc
     with Writer(
         location, sample.manifest, sample.labelling, sample.tables, worker=0, workers=2
     ) as winner:
-        monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
+        monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
         other = sample.with_manifest(slots_per_shard=3)
         with Writer(
             location, other.manifest, other.labelling, other.tables, worker=1, workers=2
@@ -426,7 +428,8 @@ def test_a_forgotten_shard_is_written_anew(location, sample):
     with extents.path.open("r+b") as file:
         file.seek(int(extents.offsets[0, 0]))
         file.write(b"\xff\xff\xff")
-    assert verify(location).lost_shards == [1]
+    found = verify(location)
+    assert ({damage.row for damage in found.damaged}, found.lost_shards) == ({4}, [])
     with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.forget([1])
         sample.fill(writer)
@@ -490,7 +493,7 @@ def test_without_hard_links_a_name_is_not_taken_either(location, sample, monkeyp
     monkeypatch.setattr(os, "link", link)
     monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
     first = Writer(location, sample.manifest, sample.labelling, sample.tables)
-    monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
+    monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
     second = Writer(location, sample.manifest, sample.labelling, sample.tables)
     other = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
     sample.fill(first)
@@ -589,10 +592,10 @@ def test_workers_that_overwrite_leave_each_others_cache(location, sample):
 def test_a_worker_that_comes_late_to_overwriting(location, sample, monkeypatch, other):
     """It saw the old cache; before it can remove it, another has put the new one there."""
     sample.with_manifest(identity={"old": 1}).write(location)
-    real, held = writer_module.remove, []
+    real, held = planning.remove, []
 
     def late(path: Path, unless: Callable[[], bool]) -> None:
-        monkeypatch.setattr(writer_module, "remove", real)
+        monkeypatch.setattr(planning, "remove", real)
         if other == "has removed the old one":
             real(path)
         else:
@@ -610,7 +613,7 @@ def test_a_worker_that_comes_late_to_overwriting(location, sample, monkeypatch, 
             first.close()
         real(path, unless)
 
-    monkeypatch.setattr(writer_module, "remove", late)
+    monkeypatch.setattr(planning, "remove", late)
     options = {"overwrite": True, "worker": 1, "workers": 2}
     with Writer(location, sample.manifest, sample.labelling, sample.tables, **options) as writer:
         assert writer.pending == [range(4, 8)]
@@ -727,7 +730,7 @@ def test_inspect_is_json_and_names_what_is_there(location, sample):
 
 def test_same_bytes_in_both_formats(tmp_path, sample):
     a, b = sample.write(tmp_path / "a.zarr"), sample.write(tmp_path / "b.h5")
-    for name in ("stacks/tokens", "stacks/late", *sample.tables):
+    for name in ("stacks/tokens", "stacks/late", *sample.stored):
         assert raw(a, name).tobytes() == raw(b, name).tobytes(), name
     ledgers = [
         [dataclasses.replace(Record.from_bytes(data.tobytes()), seconds=None) for data in ledger]

@@ -22,6 +22,7 @@ from cache import (
     CacheNotFound,
     FormatVersionError,
     IdentityMismatch,
+    LabellingMismatch,
     LocationError,
     NameMissing,
     NoSpace,
@@ -91,7 +92,7 @@ def test_an_exception_publishes_nothing_further(location, sample):
 
 def test_another_identity_is_refused_naming_each_field(location, sample):
     sample.write(location)
-    identity = {"backbone": {"name": "vit_base", "weights": "ab"}, "source": "cd", "views": 2}
+    identity = {"backbone": {"name": "vit_base", "weights": "ab"}, "views": 2}
     other = sample.with_manifest(identity=identity)
     with pytest.raises(IdentityMismatch) as caught:
         Writer(location, other.manifest, other.labelling, other.tables)
@@ -116,9 +117,29 @@ def test_other_stacks_or_tables_are_refused(location, sample):
     other = sample.with_manifest(blocks=({"kind": "vit", "heads": 6}, {"kind": "conv"}))
     with pytest.raises(IdentityMismatch, match="blocks"):
         Writer(location, other.manifest, other.labelling, other.tables)
-    tables = {**sample.tables, "labels/label": np.zeros(10, np.int64)}
-    with pytest.raises(IdentityMismatch, match="tables"):
+    tables = {**sample.tables, "source_sha256": np.zeros((10, 32), np.uint8)}
+    with pytest.raises(IdentityMismatch, match="table source_sha256: 'other contents'"):
         Writer(location, sample.manifest, sample.labelling, tables)
+    del tables["source_sha256"]
+    with pytest.raises(IdentityMismatch, match=r"source_sha256: 'there' .* '\(absent\)' now"):
+        Writer(location, sample.manifest, sample.labelling, tables)
+
+
+def test_other_labels_are_refused_and_say_how_to_take_them_over(location, sample):
+    sample.write(location)
+    tables = {**sample.tables, "labels/label": np.zeros(10, np.int64)}
+    with pytest.raises(
+        LabellingMismatch, match=r"asked other things now.*`sidecache label"
+    ) as caught:
+        Writer(location, sample.manifest, sample.labelling, tables)
+    ((name, before, now),) = caught.value.differences
+    assert name == "labelling" and before == inspect(location).labelling != now
+    with Writer(location, sample.manifest, sample.labelling, tables, overwrite=True) as writer:
+        assert writer.pending == []  # no feature is touched
+    assert inspect(location).labelling == now
+    np.testing.assert_array_equal(Reader(location).labels(), np.zeros(10))
+    sample.write(location)  # what was said before is no news
+    assert inspect(location).labelling == now
 
 
 def test_overwrite_deletes_only_caches(location, sample):
@@ -149,7 +170,7 @@ def test_second_writer_is_refused_while_the_first_lives(location, sample):
 
 def test_of_two_who_create_a_cache_one_writes(location, sample, monkeypatch):
     with Writer(location, sample.manifest, sample.labelling, sample.tables) as first:
-        monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
+        monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
         with pytest.raises(CacheLocked, match="another process"):
             Writer(location, sample.manifest, sample.labelling, sample.tables)
         sample.fill(first)
@@ -284,14 +305,14 @@ def test_wrong_arrays_are_refused(location, sample):
             writer.write(2, sample.rows(2, 6))
         with pytest.raises(ValueError, match="not in a pending shard"):
             writer.write(12, sample.rows(0, 1))
-        with pytest.raises(ValueError, match="expected rows among those written"):
+        with pytest.raises(ValueError, match="expected slots among those written"):
             writer.write(0, sample.rows(0, 1), {3: "no"})
         with pytest.raises(NameMissing, match=r"no stack 'nope'.*tokens, late"):
             writer.write(0, sample.rows(0, 2), {}, {"nope": (0.0, 1.0, 0.0)})
         with pytest.raises(ValueError, match=r"stack 'late': expected three numbers.*\(0.0, 1.0\)"):
             writer.write(0, sample.rows(0, 2), {}, {"late": (0.0, 1.0)})
         writer.write(0, sample.rows(0, 2))
-        with pytest.raises(ValueError, match="row 1 was already written"):
+        with pytest.raises(ValueError, match="slot 1 was already written"):
             writer.write(1, sample.rows(1, 3))
     with pytest.raises(ValueError, match="closed"):
         writer.write(0, sample.rows(0, 2))
@@ -322,8 +343,8 @@ def test_wrong_tables_are_refused(location, sample):
     refused("'split'.*missing", split=None)
     refused(r"expected int64 \(10,\)", labels__label=np.zeros(9, np.int64))
     refused(r"row 0 is 3, expected a class index below 3, or -1", labels__label=np.full(10, 3))
-    refused(r"'split': row 0 is 2, expected 0 to 1", split=np.full(10, 2, np.uint8))
-    refused("9 keys, expected one per row: 10", keys=cache.encode_keys(list("abcdefghi")))
+    refused(r"'split': row 0 is 2, expected -1 to 1 \(-1: none\)", split=np.full(10, 2, np.uint8))
+    refused("9 keys, expected one per slot: 10", keys=cache.encode_keys(list("abcdefghi")))
     refused("reserved", stacks__x=np.zeros(3))
 
 
@@ -393,7 +414,7 @@ def test_another_format_version_is_refused(location, sample):
     sample.write(location)
     edit_document(location, lambda document: {**document, "format_version": 99})
     for act in (Reader, inspect, verify):
-        with pytest.raises(FormatVersionError, match=r"99.*reads version 1"):
+        with pytest.raises(FormatVersionError, match=r"99.*reads versions 1, 2:"):
             act(location)
     with pytest.raises(FormatVersionError):
         Writer(location, sample.manifest, sample.labelling, sample.tables)
@@ -401,7 +422,11 @@ def test_another_format_version_is_refused(location, sample):
 
 def test_an_edited_manifest_is_damage(location, sample):
     sample.write(location)
-    edit_document(location, lambda document: {**document, "splits": ["val", "train"]})
+
+    def swap(document):
+        return {**document, "labelling": {**document["labelling"], "splits": ["val", "train"]}}
+
+    edit_document(location, swap)
     with pytest.raises(CacheDamaged, match="checksum"):
         Reader(location)
     assert not verify(location).ok
@@ -441,13 +466,13 @@ def test_a_damaged_byte_is_named(location, sample):
     flip_byte(path, offset + 3)
     found = verify(location)
     assert not found.ok
-    assert found.lost_shards == [1]
+    assert found.lost_shards == []  # the row alone can be written again
     (damage,) = found.damaged
     assert (damage.stack, damage.row, damage.key, damage.file) == ("late", 6, "images/é6.png", path)
     assert "row 6 (images/é6.png) of stack late" in str(damage)
 
     with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
-        writer.forget(found.lost_shards)
+        writer.forget([1])
         assert writer.pending == [range(4, 8)]
         sample.fill(writer)
     assert verify(location).ok
@@ -475,7 +500,7 @@ def test_killed_while_forgetting(tmp_path, sample, monkeypatch, deletions):
     writer.close()
     with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         assert writer.pending == []
-        assert verify(location).lost_shards == [1]
+        assert not verify(location).ok
         writer.forget([1])
         sample.fill(writer)
     with Reader(location) as reader:
@@ -502,9 +527,9 @@ def test_a_record_of_another_shard_counts_as_not_done(location, sample):
 
 def test_damaged_table_is_named(location, sample):
     sample.write(location)
-    extent = Reader(location).container.table("labels/label")
+    extent = Reader(location).container.table("labellings/0/labels/label")
     flip_byte(extent.path, extent.offset)
-    with pytest.raises(CacheDamaged, match="'labels/label' does not match its checksum"):
+    with pytest.raises(CacheDamaged, match="labels/label' does not match its checksum"):
         Reader(location).labels()
     assert "labels/label" in str(verify(location).damaged[0])
 

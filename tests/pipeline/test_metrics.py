@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pipeline.search.proposals import TrialDone
-from pipeline.tasks.metrics import Task, average_precision, mean_average_precision, rank
+from pipeline.records import TrialDone, rank
+from pipeline.tasks.metrics import Task, average_precision, mean_average_precision
 
 pytestmark = pytest.mark.numerics
 

@@ -23,12 +23,13 @@ from pipeline.device import pick_device, pick_precision
 from pipeline.errors import DeviceError, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.features import operands, writing
-from pipeline.features.operands import choose_resident
+from pipeline.features import operands, reading, writing
+from pipeline.features.residence import choose_resident
 from pipeline.predict import predict
+from pipeline.records import EpochDone, PassStarted
 from pipeline.runs.run import Run
 from pipeline.side.layers import fused_attention
-from pipeline.train import EpochDone, Start, train
+from pipeline.train import train
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("last", {"rank": 4}),
@@ -92,7 +93,7 @@ def test_every_residence_gives_the_same(zarr_cache: Path, tmp_path: Path, reside
     with PretendGPU(number=1):
         changes = {"device": "cuda:1", "resident": resident, "out": str(tmp_path / "gpu")}
         train(dataclasses.replace(config, **changes), records.append)
-        (start,) = [record for record in records if isinstance(record, Start)]
+        (start,) = [record for record in records if isinstance(record, PassStarted)]
         assert (start.resident, start.device) == (resident, "pretended")
         (ours,) = evaluate(tmp_path / "gpu", device="cuda:1", amp=False)
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
@@ -201,7 +202,7 @@ def without_number(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_events(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(operands, "record_event", lambda _: None)
+    patch.setattr(reading, "record_event", lambda _: None)
     patch.setattr(operands, "_CHUNK_BYTES", 1)  # loading, too, then uses its buffers again
 
 
@@ -211,7 +212,7 @@ def with_events_of_another_gpu(patch: pytest.MonkeyPatch) -> None:
         event.record()
         return event
 
-    patch.setattr(operands, "record_event", record)
+    patch.setattr(reading, "record_event", record)
 
 
 def with_an_index_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
@@ -293,11 +294,11 @@ def test_extraction_waits_for_its_own_batch_alone(images: Path, tmp_path: Path) 
 # --- memory -----------------------------------------------------------------------------------
 
 
-def run_in(memory: int, config: Any) -> tuple[PretendGPU, Start]:
+def run_in(memory: int, config: Any) -> tuple[PretendGPU, PassStarted]:
     records: list[object] = []
     with PretendGPU(memory) as gpu:
         train(dataclasses.replace(config, device="cuda"), records.append)
-    (start,) = [record for record in records if isinstance(record, Start)]
+    (start,) = [record for record in records if isinstance(record, PassStarted)]
     return gpu, start
 
 

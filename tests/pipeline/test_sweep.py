@@ -15,19 +15,14 @@ import pytest
 import yaml
 
 from cache import NameMissing
+from pipeline.config import SweepConfig
 from pipeline.errors import DeviceError, RunError, SettingError
 from pipeline.evaluate import evaluate
+from pipeline.records import EpochDone, RoundStarted, TrialDone
 from pipeline.runs.run import Run
 from pipeline.search.proposals import REDUCTION
 from pipeline.search.space import Chosen, Range, Space, read_space
-from pipeline.sweep import (
-    RoundStarted,
-    SweepConfig,
-    TrialDone,
-    add_costs,
-    sweep,
-)
-from pipeline.train import EpochDone
+from pipeline.sweep import add_costs, sweep
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = {"epochs": 2, "warmup_epochs": 0}

@@ -27,9 +27,10 @@ from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.features.operands import Batches
 from pipeline.predict import predict
+from pipeline.records import EpochDone, MemberStopped, PassStarted
 from pipeline.runs.run import Run
 from pipeline.side import METHODS
-from pipeline.train import EpochDone, MemberStopped, Start, _Pass, train
+from pipeline.train import _Pass, train
 from pipeline.training.members import Stack, make_members
 from pipeline.training.optim import MemberAdamW
 from pipeline.training.workers import Workers
@@ -60,7 +61,7 @@ def test_it_learns_and_leaves_a_run_directory(cache: Path, tmp_path: Path) -> No
     result = train(train_config(cache, run, member), records.append)
     assert result.members[0].score == 1.0
     assert losses(run)[-1] < 0.2 * losses(run)[0]
-    assert sum(isinstance(record, Start) for record in records) == 1
+    assert sum(isinstance(record, PassStarted) for record in records) == 1
     assert [r.epoch for r in records if isinstance(r, EpochDone)] == list(range(1, 31))
     files = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
     files -= {name for name in files if name.startswith("tensorboard/")}
@@ -158,7 +159,7 @@ def test_a_member_with_nan_stops_alone(zarr_cache: Path, tmp_path: Path) -> None
     records: list[object] = []
     result = train(train_config(zarr_cache, tmp_path / "both", wild, LAST), records.append)
     stopped = [record for record in records if isinstance(record, MemberStopped)]
-    assert [record.id for record in stopped] == ["m0"]
+    assert [(record.id, record.pruned) for record in stopped] == [("m0", False)]
     assert result.members[0].stopped and "step" in result.members[0].stopped
     assert result.members[1].stopped is None
     train(train_config(zarr_cache, tmp_path / "alone", LAST))
@@ -314,7 +315,7 @@ def test_a_run_copied_without_its_environment_is_named(zarr_cache: Path, tmp_pat
         Run(tmp_path / "run").load_member("m0", torch.device("cpu"))
 
 
-ENDINGS = ("_validate", "_lines", "_stopping", "_report_epoch", "_retire", "_leave")
+ENDINGS = ("_validate", "_lines", "_diverged", "_pruned", "_report_epoch", "_retire", "_leave")
 
 
 @pytest.mark.parametrize("moment", [*ENDINGS, "append_metrics", "save_member"])
@@ -409,10 +410,11 @@ def test_kill_9_then_the_same_training(zarr_cache: Path, tmp_path: Path) -> None
     script = (
         "import sys, time, pipeline.train as t\n"
         "from pipeline.config import TrainConfig\n"
+        "from pipeline.records import EpochDone\n"
         "import json\n"
         "t.CHECKPOINT_SECONDS, t.CHECKPOINT_SHARE = 0.0, 1e9\n"
         "config = TrainConfig.from_dict(json.loads(sys.argv[1]))\n"
-        "t.train(config, lambda r: time.sleep(0.1) if isinstance(r, t.EpochDone) else None)\n"
+        "t.train(config, lambda r: time.sleep(0.1) if isinstance(r, EpochDone) else None)\n"
     )
     member = dataclasses.replace(LAST, epochs=12)
     config = train_config(zarr_cache, tmp_path / "killed", member)

@@ -138,7 +138,7 @@ def test_the_shown_list_is_read_again(tasks_cache: Path, tmp_path: Path) -> None
     with Reader(place) as reader:
         titles = columns(reader)
         before = reader.labelling_digest
-    listed = write_list(tmp_path / "elsewhere" / ".." / "shown.csv", [], *titles)
+    listed = write_list(tmp_path / "shown.csv", [], *titles)
     with listed.open("a", newline="") as file:
         csv.writer(file).writerows(zip(*titles.values(), strict=True))
     assert not label(LabelConfig(cache=str(place), source=str(listed))).changed
