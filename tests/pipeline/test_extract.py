@@ -31,7 +31,7 @@ from cache import (
     verify,
 )
 from pipeline import extract as stage
-from pipeline.backbones.timm_models import ImagePreprocessing, load_backbone
+from pipeline.backbones.timm_models import ImagePreprocessing, TimmBackbone, load_backbone
 from pipeline.errors import ImageError, SettingError
 from pipeline.extract import extract
 from pipeline.features.filling import Skipped
@@ -344,7 +344,7 @@ def test_an_unreadable_image_raises_or_is_left_out(tmp_path: Path) -> None:
 def test_a_value_that_does_not_fit_names_tap_and_image(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stage.Backbone.read_taps
+    real = TimmBackbone.read_taps
 
     def huge(self: Any, batch: torch.Tensor, sink: Any, **keywords: Any) -> None:
         def scaled(tap: str, tokens: torch.Tensor) -> None:
@@ -355,7 +355,7 @@ def test_a_value_that_does_not_fit_names_tap_and_image(
 
         real(self, batch, scaled, **keywords)
 
-    monkeypatch.setattr(stage.Backbone, "read_taps", huge)
+    monkeypatch.setattr(TimmBackbone, "read_taps", huge)
     with pytest.raises(StorageOverflow, match=r"tap z3 of .*blue/2\.png.*float16.*bfloat16"):
         extract(extract_config(images, tmp_path / "c.zarr", dtype="float16"))
     extract(extract_config(images, tmp_path / "d.zarr", dtype="bfloat16"))
