@@ -17,6 +17,7 @@ from pipeline.errors import SettingError
 from pipeline.labelling.folds import draw_folds
 from pipeline.labelling.questions import (
     Questions,
+    columns,
     group_name,
     numbers_of,
     of_list,
@@ -79,6 +80,13 @@ def label(config: LabelConfig) -> LabelResult:
         labelling=digest,
         changed=changed,
     )
+
+
+def columns_of(location: str) -> dict[str, list[str]]:
+    """The labelling of a cache as the columns of a list that `label` reads again: title → one text
+    a row. Raises cache errors."""
+    with Reader(location, allow_incomplete=True) as reader:
+        return columns(reader)
 
 
 def _news(config: LabelConfig, reader: Reader) -> tuple[Questions, int]:

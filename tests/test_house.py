@@ -22,6 +22,7 @@ FOUNDATIONS = [
     "pipeline.records",
     "pipeline.config",
     "pipeline.errors",
+    "pipeline.setting",
 ]
 ROOMS = [
     "cli",
@@ -50,17 +51,14 @@ ONLY_IN = {  # package → the files, or rooms, that may import it
     "rich": {"cli", "pipeline.terminal"},
     "psutil": {"pipeline.features.residence"},
     "jinja2": {"pipeline.report"},
-    "yaml": {"pipeline.config", "pipeline.runs.run", "pipeline.search.space", "pipeline.sweep"},
+    "yaml": {"pipeline.terminal", "pipeline.runs.run", "pipeline.search.space", "pipeline.sweep"},
     "optuna": {"pipeline.search.proposals"},
 }
-READERS_OF_CACHE = {
-    "cli",
-    "pipeline.terminal",
-    "pipeline",
-    "pipeline.features",
-    "pipeline.labelling",
+READERS_OF_CACHE = {  # rooms
+    *("cli", "pipeline.terminal", "pipeline", "pipeline.features", "pipeline.labelling"),
     "pipeline.pages",
-}  # rooms
+}
+SEEN_BY_SIDE = ("pipeline.side", "pipeline.setting")
 PLAIN_FILES = {"pipeline.runs.folder": "cache.files"}  # it knows no cache, nor does who imports it
 
 
@@ -127,7 +125,7 @@ def complaints(module: str, own: int, imported: str, modules: dict[str, str]) ->
             yield f"{module} reads the cache, which is not its business"
         if imported in modules and imported != "cache":
             yield f"{module} imports {imported}; cache's names come from cache"
-    elif ROOMS[own] == "pipeline.side" and room(imported) != "pipeline.side":
+    elif ROOMS[own] == "pipeline.side" and not imported.startswith(SEEN_BY_SIDE):
         yield f"{module} imports {imported}; side networks see torch only"
     elif imported in modules and imported != "pipeline" and ROOMS.index(room(imported)) < own:
         yield f"{module} imports {imported}, which lies above it"

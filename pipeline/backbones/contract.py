@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.side import TokenShape
+from pipeline.side.contract import TokenShape
 from pipeline.sources.batches import ImageBatch, Images
 
 Sink = Callable[[str, Tensor], None]  # hears a tap's name and its tokens (B, T, D)
@@ -52,6 +52,8 @@ class Backbone(ABC):
     blocks: how many there are, L.
     taps: each tap's shape, in order; where rows are of unequal length, that of the longest.
     prefix_tokens: how many tokens of each tap, the first ones, are class or register tokens.
+    prepare: one opened row → what the model takes, without the axis of the batch; on the CPU, and
+        to be pickled: it works in other processes.
     block_descriptions: what each block is, in plain JSON (`blocks.describe`), for LST.
     weights_sha256: of all weights, the same from whatever file they came.
     """
@@ -63,6 +65,7 @@ class Backbone(ABC):
     taps: dict[str, TokenShape]
     prefix_tokens: int
     preprocessing: Preprocessing
+    prepare: Callable[[Any], Tensor]
     final_norm: FinalNorm
     block_descriptions: tuple[dict[str, Any], ...]
     weights_sha256: str
@@ -70,10 +73,6 @@ class Backbone(ABC):
     @abstractmethod
     def keep(self, taps: Sequence[str]) -> None:
         """Read only these taps from now on, and compute no deeper than they lie if that can be."""
-
-    @abstractmethod
-    def prepare(self, opened: Any) -> Tensor:
-        """One opened row of a source as the model takes it, without the axis of the batch."""
 
     @abstractmethod
     def batches(

@@ -28,7 +28,7 @@ from pipeline.backbones.contract import Backbone, FinalNorm, Sink
 from pipeline.backbones.hooks import BlockHooks
 from pipeline.backbones.weights import read_weights, weights_sha256
 from pipeline.errors import BackboneError, SettingError, gist
-from pipeline.side import TokenShape
+from pipeline.side.contract import TokenShape
 from pipeline.side.tap import tap_depths
 from pipeline.sources.batches import ImageBatch, Images, image_batches
 
@@ -94,7 +94,7 @@ class TimmBackbone(Backbone):
         self.name = name
         self.model = model.eval().requires_grad_(False).to(device)
         self.preprocessing = preprocessing
-        self._transform = preprocessing.transform()
+        self.prepare = preprocessing.transform()
         self.device = device
         self._levels = preprocessing.levels().flatten().to(device)  # moved once: a copy waits
         self.blocks = len(blocks)
@@ -112,10 +112,6 @@ class TimmBackbone(Backbone):
         if hasattr(self.model, "blocks"):
             deepest = max(tap_depths(taps))
             self.model.blocks = self.model.blocks[: max(1, deepest)]  # type: ignore[index]
-
-    def prepare(self, opened: Image.Image) -> Tensor:
-        """One RGB image → (3, H, W) float32, normalised."""
-        return self._transform(opened)
 
     def batches(
         self,

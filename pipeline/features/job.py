@@ -199,6 +199,7 @@ def _other_inputs(
     return IdentityMismatch(
         f"{config.out} has these features of other images than {config.images}:"
         f"{lines or chr(10) + '  the same images in another order, or under other names'}\n"
-        f"--update computes what is new or changed and touches nothing else",
+        f"--update computes what is new or changed and lets go of what vanished; or choose another "
+        f"--out, or replace the cache with --overwrite",
         [(f"inputs.{what}", len(k), 0) for what, k in told.items() if k] or [("inputs", 1, 0)],
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from cache import Reader, Target
 from pipeline.errors import SettingError
 from pipeline.features.taps import choose_taps
-from pipeline.side import FeatureSpec, TokenShape
+from pipeline.side.contract import FeatureSpec, TokenShape
 from pipeline.tasks.metrics import Task
 
 

@@ -30,7 +30,7 @@ from pipeline.features.casting import (
     total_error,
 )
 from pipeline.features.taps import choose_gather, parse_taps
-from pipeline.side import TokenShape
+from pipeline.side.contract import TokenShape
 from pipeline.side.gather import Gather, pool_both
 from pipeline.sources.batches import ImageBatch
 

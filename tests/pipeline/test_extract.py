@@ -295,7 +295,6 @@ def _rows_done(path: Path) -> int:
         ({"taps": "last:2"}, "taps"),
         ({"dtype": "float16"}, "dtype"),
         ({"amp": True}, "precision"),
-        ({"split": ("train",)}, "source.keys"),
     ],
 )
 def test_another_identity_is_refused(
@@ -305,6 +304,13 @@ def test_another_identity_is_refused(
         extract(dataclasses.replace(extract_config(images, cache), **changes))
     assert field in [name for name, _, _ in caught.value.differences]
     assert "--overwrite" in str(caught.value)
+
+
+def test_other_inputs_are_refused_and_counted(cache: Path, images: Path) -> None:
+    config = dataclasses.replace(extract_config(images, cache), split=("train",))
+    with pytest.raises(IdentityMismatch, match=r"(?s)12 vanished.*--update.*--overwrite") as caught:
+        extract(config)
+    assert caught.value.differences == [("inputs.vanished", 12, 0)]
 
 
 def test_a_changed_image_is_refused_and_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from cache import IdentityMismatch, LabellingMismatch, Reader, inspect, verify
 from pipeline.backbones.timm_models import TimmBackbone
-from pipeline.config import LabelConfig, RepairConfig
+from pipeline.config import LabelConfig, VerifyConfig
 from pipeline.errors import SettingError, SourceError
 from pipeline.extract import extract
 from pipeline.features.job import Updating
@@ -316,8 +316,8 @@ def damaged(out: Path, images: Path, forwards: list[int]) -> Iterator[Callable[[
     return flip
 
 
-def repair_config(out: Path, images: Path) -> RepairConfig:
-    return RepairConfig(cache=str(out), images=str(images), pretrained=False, device="cpu")
+def repair_config(out: Path, images: Path) -> VerifyConfig:
+    return VerifyConfig(cache=str(out), repair=str(images), pretrained=False, device="cpu")
 
 
 def test_a_flipped_byte_costs_one_row(
