@@ -73,7 +73,7 @@ class FeatureSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings that decide a network's shape; members that share them are stacked.
+    """The settings that decide a network's shape; members that share them train together.
 
     Raises ValueError on an impossible value when it is made.
     """
@@ -103,7 +103,7 @@ class SideNetwork(nn.Module):
     settings_class: ClassVar[type[Settings]]
     recipe: ClassVar[dict[str, Any]] = {}  # learning settings that suit the method; ours
     drops: ClassVar[bool] = False  # whether it has residual branches (`drop_sites`)
-    stacked_on_cpu: ClassVar[int] = 2  # members; more stacks than cores keep all cores busy
+    together_on_cpu: ClassVar[int] = 2  # members; more cohorts than cores keep all cores busy
     reads: tuple[str, ...]
 
     def __init__(self, spec: FeatureSpec, settings: Any, seeds: Sequence[int]) -> None:
