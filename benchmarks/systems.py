@@ -135,7 +135,8 @@ def train_members(
 
     from cache import Reader
     from pipeline.config import Member
-    from pipeline.features.operands import Batches, feature_spec, labelled_rows, make_task
+    from pipeline.features.labelled import feature_spec, labelled_rows, make_task
+    from pipeline.features.operands import Batches
     from pipeline.training.cohort import make_cohorts
     from pipeline.training.workers import Workers
 

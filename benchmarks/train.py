@@ -82,7 +82,8 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     from cache import Reader
     from pipeline.backbones.timm_models import load_backbone
     from pipeline.config import Member
-    from pipeline.features.operands import Batch, feature_spec
+    from pipeline.features.labelled import feature_spec
+    from pipeline.features.operands import Batch
     from pipeline.tasks.metrics import Task
     from pipeline.training.cohort import make_cohorts
 

@@ -17,7 +17,8 @@ import torch
 from cache import Reader
 from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
-from pipeline.features.operands import Batches, feature_spec, labelled_rows
+from pipeline.features.labelled import feature_spec, labelled_rows
+from pipeline.features.operands import Batches
 from pipeline.runs.run import Run, TrainedMember
 from pipeline.sources.open import opener
 from pipeline.sources.source import Source

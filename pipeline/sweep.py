@@ -29,7 +29,7 @@ from cache import Reader
 from pipeline.config import Member, SweepConfig
 from pipeline.device import pick_device, pick_precision, precision_name
 from pipeline.errors import MissingTaps, RunError, SettingError
-from pipeline.features.operands import feature_spec, initial_weights, labelled_rows
+from pipeline.features.labelled import feature_spec, initial_weights, labelled_rows
 from pipeline.records import MemberStopped, RoundStarted, SweepRecord, SweepResult
 from pipeline.runs.events import FOLDER as EVENTS
 from pipeline.runs.folder import copy_tree, other_names, replace_text

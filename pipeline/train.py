@@ -25,14 +25,14 @@ from pipeline.device import (
     precision_name,
     without_tf32,
 )
-from pipeline.features.operands import (
-    Batches,
+from pipeline.features.labelled import (
     LabelledRows,
     feature_spec,
     initial_weights,
     labelled_rows,
     make_task,
 )
+from pipeline.features.operands import Batches
 from pipeline.records import PassStarted, TrainRecord, TrainResult
 from pipeline.runs.run import CARD_VERSION, Run, environment
 from pipeline.side import SideNetwork

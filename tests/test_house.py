@@ -47,7 +47,7 @@ ONLY_IN = {  # package → the files, or rooms, that may import it
     "h5py": {"cache.hdf5_backend"},
     "click": {"cli", "pipeline.terminal"},
     "rich": {"cli", "pipeline.terminal"},
-    "psutil": {"pipeline.features.memory"},
+    "psutil": {"pipeline.features.residence"},
     "jinja2": {"pipeline.report"},
     "yaml": {"pipeline.config", "pipeline.runs.run", "pipeline.search.space", "pipeline.sweep"},
     "optuna": {"pipeline.search.proposals"},

@@ -18,7 +18,8 @@ from cache import NameMissing, Reader
 from pipeline.config import TrainConfig
 from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
-from pipeline.features.operands import Batches, labelled_rows
+from pipeline.features.labelled import labelled_rows
+from pipeline.features.operands import Batches
 from pipeline.runs.run import TrainedMember
 from pipeline.sources.source import Source
 from pipeline.tasks.metrics import average_precision

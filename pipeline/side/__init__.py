@@ -7,7 +7,6 @@ from pipeline.side.contract import (
     Settings,
     SideNetwork,
     TokenShape,
-    block_taps,
 )
 from pipeline.side.ladder import LST
 from pipeline.side.last import LAST
@@ -31,5 +30,4 @@ __all__ = [
     "Settings",
     "SideNetwork",
     "TokenShape",
-    "block_taps",
 ]

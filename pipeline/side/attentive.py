@@ -32,12 +32,12 @@ from pipeline.side.contract import (
     Operands,
     Settings,
     SideNetwork,
-    block_taps,
     find_taps,
     member_parameter,
     zero_parameter,
 )
 from pipeline.side.layers import LN_EPS, ConstantProduct, FrozenNorm, Head, wide
+from pipeline.side.tap import tap_depths, tap_names
 
 STD = 0.02  # [code] of all initial weights
 
@@ -65,8 +65,8 @@ class Attentive(SideNetwork):
         self, spec: FeatureSpec, settings: AttentiveSettings, seeds: Sequence[int]
     ) -> None:
         super().__init__(spec, settings, seeds)
-        deepest = max(block_taps(tuple(spec.taps)), default=0)
-        self.reads = find_taps([f"z{deepest}"], tuple(spec.taps), self.method)
+        deepest = max(tap_depths(spec.taps), default=0)
+        self.reads = find_taps(tap_names([deepest]), tuple(spec.taps), self.method)
         dim, members = spec.taps[self.reads[0]].dim, len(seeds)
         self.heads = settings.heads or math.gcd(12, dim)
         settings.require(dim % self.heads == 0, "heads", f"a divisor of the width {dim}")

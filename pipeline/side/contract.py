@@ -24,6 +24,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.side.tap import listed, tap_depths
+
 Operands = dict[str, Tensor]
 
 
@@ -40,8 +42,8 @@ class TokenShape:
 class FeatureSpec:
     """What a side network must know about the features.
 
-    `taps` maps names, in the backbone's order, to shapes; a plain ViT's are all equal. A name is
-    `z3`, or that of a sum made at extraction (`pipeline/side/gather.py`).
+    `taps` maps names, in the backbone's order, to shapes; a plain ViT's are all equal. What
+    names mean is in `pipeline/side/tap.py`.
     `norm` is the backbone's own final norm, frozen: kind `layer`, `rms` or `none`, with `eps`;
     `norm_weight` and `norm_bias` are (D,) float32, or None where the norm has none.
     `blocks` describes each block of the backbone, the first for z1 (`pipeline/side/ladder.py`).
@@ -192,29 +194,12 @@ def zero_parameter(shape: Sequence[int], members: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(members, *shape))
 
 
-def block_taps(taps: Sequence[str]) -> list[int]:
-    """Numbers of those taps that are a block's own tokens: z0, z3 → [0, 3]; sums are left out."""
-    return [int(tap[1:]) for tap in taps if tap[1:].isdigit()]
-
-
-def listed(taps: Sequence[str]) -> str:
-    """Names for a message, runs of neighbours drawn together: `z0 … z4, z7`."""
-    runs: list[list[str]] = []
-    for tap in taps:
-        number = int(tap[1:]) if tap[1:].isdigit() else None
-        if runs and number and runs[-1][-1] == f"z{number - 1}":
-            runs[-1].append(tap)
-        else:
-            runs.append([tap])
-    return ", ".join(f"{run[0]} … {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
-
-
 def find_taps(wanted: Sequence[str], available: Sequence[str], method: str) -> tuple[str, ...]:
     """`wanted`, or LookupError naming the taps that are lacking."""
     missing = [tap for tap in wanted if tap not in available]
     if missing:
         advice = "Extract again with --taps all, or choose settings that need fewer taps."
-        if not block_taps(available):
+        if not tap_depths(available):
             advice = "Sums are what miet alone reads; extract again without --gather."
         raise LookupError(
             f"{method} needs the taps {listed(wanted)}; {listed(missing)} "

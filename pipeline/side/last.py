@@ -31,11 +31,11 @@ from pipeline.side.contract import (
     FeatureSpec,
     Operands,
     SideNetwork,
-    block_taps,
     find_taps,
 )
 from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens, wide
 from pipeline.side.lsa import LSAChain, LSASettings, centred
+from pipeline.side.tap import tap_depths, tap_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,12 @@ class LAST(SideNetwork):
     @staticmethod
     def _group_ends(gap: int, available: Sequence[str]) -> tuple[str, ...]:
         """z0, z_g, z_2g … z_L, L being the deepest tap there is."""
-        blocks = max(block_taps(available), default=0)
+        blocks = max(tap_depths(available), default=0)
         if blocks == 0:
-            return find_taps(("z0", "z1"), available, "last")
+            return find_taps(tap_names((0, 1)), available, "last")
         if blocks % gap:
             raise ValueError(f"gap = {gap}: expected a divisor of the {blocks} blocks")
-        wanted = [f"z{i}" for i in range(0, blocks + 1, gap)]
-        return find_taps(wanted, available, "last")
+        return find_taps(tap_names(range(0, blocks + 1, gap)), available, "last")
 
     @property
     def operand_key(self) -> tuple[str, int]:

@@ -26,10 +26,10 @@ from pipeline.side.contract import (
     Operands,
     Settings,
     SideNetwork,
-    block_taps,
     find_taps,
 )
 from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens, wide
+from pipeline.side.tap import tap_depths, tap_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,12 @@ class Linear(SideNetwork):
 
     def __init__(self, spec: FeatureSpec, settings: LinearSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)
-        there = block_taps(tuple(spec.taps))
+        there = tap_depths(spec.taps)
         last = max(there, default=0) if settings.tap is None else settings.tap
         chosen = [i for i in there if i <= last][-settings.last_n :]
         if settings.tap is not None and settings.tap not in there:
             chosen = [settings.tap]  # not there: named below
-        self.reads = find_taps([f"z{i}" for i in chosen or [0]], tuple(spec.taps), self.method)
+        self.reads = find_taps(tap_names(chosen or [0]), tuple(spec.taps), self.method)
         settings.require(
             len(self.reads) == settings.last_n, "last_n", f"at most {len(self.reads)}, as there are"
         )

@@ -34,13 +34,13 @@ from pipeline.side.contract import (
     FeatureSpec,
     Operands,
     SideNetwork,
-    block_taps,
     find_taps,
     zero_parameter,
 )
 from pipeline.side.gather import Gather, found_among
 from pipeline.side.layers import LN_EPS, FrozenNorm, Head, check_pool, pool_tokens, wide
 from pipeline.side.lsa import LSAChain, LSASettings, centred
+from pipeline.side.tap import tap_depths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class MIET(SideNetwork):
         """The sums if they are there, else the taps that they are made of."""
         if all(name in available for name in self.reads):
             return self.reads
-        if not block_taps(available):
+        if not tap_depths(available):
             return find_taps(self.reads, available, self.method)
         parts = [tap for taps in self.gather.sums.values() for tap in taps]
         return find_taps(parts, available, self.method)
@@ -155,7 +155,7 @@ class MIET(SideNetwork):
 
 def _gather(settings: MIETSettings, available: Sequence[str]) -> Gather:
     """The sums that the settings ask for; what they leave open is as in the cache of sums."""
-    there = found_among(available) or Gather(k=max(block_taps(available), default=0))
+    there = found_among(available) or Gather(k=max(tap_depths(available), default=0))
     return Gather(
         k=there.k if settings.k is None else settings.k,
         groups=there.groups if settings.groups is None else settings.groups,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Member, TrainConfig
-from pipeline.features.operands import Batches, choose_resident
+from pipeline.features.operands import Batches
+from pipeline.features.residence import choose_resident
 from pipeline.records import Loading
 from pipeline.side import FeatureSpec, SideNetwork
 from pipeline.tasks.metrics import Task

@@ -28,7 +28,7 @@ from pipeline.copy import copy
 from pipeline.errors import MissingTaps, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.features.taps import store
+from pipeline.features.casting import store
 from pipeline.sources.open import open_source
 from pipeline.train import train
 

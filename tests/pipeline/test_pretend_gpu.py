@@ -23,8 +23,8 @@ from pipeline.device import pick_device, pick_precision
 from pipeline.errors import DeviceError, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.features import operands, writing
-from pipeline.features.operands import choose_resident
+from pipeline.features import operands, reading, writing
+from pipeline.features.residence import choose_resident
 from pipeline.predict import predict
 from pipeline.records import EpochDone, PassStarted
 from pipeline.runs.run import Run
@@ -205,7 +205,7 @@ def without_number(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_events(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(operands, "record_event", lambda _: None)
+    patch.setattr(reading, "record_event", lambda _: None)
     patch.setattr(operands, "_CHUNK_BYTES", 1)  # loading, too, then uses its buffers again
 
 
@@ -215,7 +215,7 @@ def with_events_of_another_gpu(patch: pytest.MonkeyPatch) -> None:
         event.record()
         return event
 
-    patch.setattr(operands, "record_event", record)
+    patch.setattr(reading, "record_event", record)
 
 
 def with_an_index_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
