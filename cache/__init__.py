@@ -1,18 +1,21 @@
 """The cache: every layer's tokens of a frozen backbone, written once, checked, read many times.
 
-    with Writer(location, manifest, tables) as writer:
-        for rows in writer.pending:
-            writer.write(rows.start, {"tokens": encode(values, manifest.storage)})
+    with Writer(location, manifest, labelling, tables) as writer:
+        for slots in writer.pending:
+            writer.write(slots.start, {"tokens": encode(values, manifest.storage)})
 
     with Reader(location) as reader:
         reader.read_into(rows, out)
 
-numpy in, numpy out; no torch. The format is written down in docs/format.md. The one idea: nothing
-is compressed, so every row is a fixed run of bytes at a computable place in some file, and zarr
-and h5py only lay files out. They are loaded when a cache is created or (h5py) opened, not before.
+numpy in, numpy out; no torch. The format is written down in docs/format.md. Two ideas.
+Features are computed once; what is asked of them (the labelling) is replaced as often as need be.
+And nothing is compressed, so every row is a fixed run of bytes at a computable place in some file,
+and zarr and h5py only lay files out. They are loaded when a cache is created or (h5py) opened, not
+before.
 """
 
 from cache.describing import Inspection, inspect
+from cache.documents import differences
 from cache.encoding import STORAGE, Storage, decode, decode_keys, encode, encode_keys
 from cache.errors import (
     CacheDamaged,
@@ -22,6 +25,7 @@ from cache.errors import (
     CacheNotFound,
     FormatVersionError,
     IdentityMismatch,
+    LabellingMismatch,
     LocationError,
     NameMissing,
     NoSpace,
@@ -29,13 +33,16 @@ from cache.errors import (
     StorageOverflow,
     TapMissing,
 )
-from cache.manifest import Manifest, Stack, Target, differences
+from cache.labelling import IGNORED, Labelling, Target
+from cache.manifest import Manifest, Stack
+from cache.matching import Matching, match
 from cache.reader import Reader
-from cache.tables import row_tables
-from cache.verifying import Damage, Progress, Verification, verify
+from cache.tables import slot_tables
+from cache.verifying import Damage, Verification, Verified, verify
 from cache.writer import Writer
 
 __all__ = [
+    "IGNORED",
     "STORAGE",
     "CacheDamaged",
     "CacheError",
@@ -46,12 +53,14 @@ __all__ = [
     "FormatVersionError",
     "IdentityMismatch",
     "Inspection",
+    "Labelling",
+    "LabellingMismatch",
     "LocationError",
     "Manifest",
+    "Matching",
     "NameMissing",
     "NoSpace",
     "NotWritable",
-    "Progress",
     "Reader",
     "Stack",
     "Storage",
@@ -59,6 +68,7 @@ __all__ = [
     "TapMissing",
     "Target",
     "Verification",
+    "Verified",
     "Writer",
     "decode",
     "decode_keys",
@@ -66,6 +76,7 @@ __all__ = [
     "encode",
     "encode_keys",
     "inspect",
-    "row_tables",
+    "match",
+    "slot_tables",
     "verify",
 ]

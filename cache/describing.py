@@ -7,18 +7,25 @@ from typing import Any
 
 import numpy as np
 
+from cache.labelling import IGNORED, Target
 from cache.ledger import Error, add_errors
-from cache.manifest import Target
 from cache.reader import Reader
+
+_MASKS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
     """What is known of a cache; `content` is None while rows are missing.
 
-    bytes: of all rows, once complete. splits: number of rows in each.
-    targets: per target, the number of rows of each class; of a regression, the `rows` with a value
-        and their `min`, `mean` and `max` (None where no row has one). kinds: what each target is.
+    format, format_version: `zarr` or `h5`, and the version that it was written in.
+    slots: places of features, those that no row has any more among them; slots_pending: those that
+        an extraction or an update has not filled yet. bytes: of all slots, once filled.
+    splits: number of rows in each; folds, too, where there are. groups: number of groups in each
+        group column. labelling: its digest.
+    targets: per target, the number of rows (of a segmentation: pixels) of each class; of a
+        regression, the `rows` with a value and their `min`, `mean` and `max` (None without any).
+    kinds: what each target is.
     seconds: wall time that the finished shards took, over all legs; None where it is not known.
     error: per stack, what rounding to the storage type lost where it was measured: `relative`, the
         norm of all errors over the norm of the values, and `worst_token`, the same of the token
@@ -27,20 +34,26 @@ class Inspection:
 
     location: str
     format: str
+    format_version: int
     rows: int
     rows_done: int
+    slots: int
+    slots_pending: int
     bytes: int
     complete: bool
     fingerprint: str
     content: str | None
+    labelling: str
     identity: dict[str, Any]
     storage: str
     views: int
-    rows_per_shard: int
+    slots_per_shard: int
     stacks: list[dict[str, Any]]
     splits: dict[str, int]
     targets: dict[str, dict[str, int | float | None]]
     kinds: dict[str, str]
+    folds: list[int]
+    groups: dict[str, int]
     skipped: dict[int, str]
     seconds: float | None
     error: dict[str, dict[str, float]]
@@ -57,27 +70,31 @@ def inspect(location: str | Path) -> Inspection:
     Raises: LocationError, CacheNotFound, CacheDamaged, FormatVersionError.
     """
     with Reader(location, allow_incomplete=True) as reader:
-        manifest = reader.manifest
+        manifest, labelling = reader.manifest, reader.labelling
+        folds = reader.folds if labelling.folds else np.zeros(0, np.int16)
         return Inspection(
             location=str(location),
-            format=reader.backend.suffix.removeprefix("."),
-            rows=manifest.rows,
+            format=reader.container.suffix.removeprefix("."),
+            format_version=reader.container.format_version,
+            rows=reader.rows,
             rows_done=reader.rows_done,
+            slots=manifest.slots,
+            slots_pending=reader.slots_pending,
             bytes=manifest.nbytes,
             complete=reader.complete,
             fingerprint=manifest.fingerprint,
             content=reader.content if reader.complete else None,
+            labelling=reader.labelling_digest,
             identity=dict(manifest.identity),
             storage=manifest.storage,
             views=manifest.views,
-            rows_per_shard=manifest.rows_per_shard,
+            slots_per_shard=manifest.slots_per_shard,
             stacks=manifest.to_dict()["stacks"],
-            splits=_counts(reader.table("split"), manifest.splits) if manifest.splits else {},
-            targets={
-                target.name: _described(target, reader.labels(target.name))
-                for target in manifest.targets
-            },
-            kinds={target.name: target.kind for target in manifest.targets},
+            splits=_counts(reader.split, labelling.splits) if labelling.splits else {},
+            targets={target.name: _described(target, reader) for target in labelling.targets},
+            kinds={target.name: target.kind for target in labelling.targets},
+            folds=np.bincount(folds[folds >= 0], minlength=labelling.folds).tolist(),
+            groups={name: len(set(reader.groups(name))) for name in labelling.groups},
             skipped=reader.skipped,
             seconds=reader.seconds,
             error={stack: _relative(add_errors(parts)) for stack, parts in reader.errors.items()},
@@ -90,7 +107,10 @@ def _relative(error: Error) -> dict[str, float]:
     return {"relative": math.sqrt(squares / exact) if exact else 0.0, "worst_token": worst}
 
 
-def _described(target: Target, labels: np.ndarray) -> dict[str, int | float | None]:
+def _described(target: Target, reader: Reader) -> dict[str, int | float | None]:
+    if target.kind == "segmentation":
+        return _pixels(target, reader)
+    labels = reader.labels(target.name)
     match target.kind:
         case "class":
             return {**_counts(labels, target.classes)}
@@ -103,6 +123,16 @@ def _described(target: Target, labels: np.ndarray) -> dict[str, int | float | No
                 return {"rows": 0, "min": None, "mean": None, "max": None}
             least, mean, most = float(known.min()), float(known.mean()), float(known.max())
             return {"rows": len(known), "min": least, "mean": mean, "max": most}
+
+
+def _pixels(target: Target, reader: Reader) -> dict[str, int | float | None]:
+    """Pixels of each class; the masks of some rows at a time, all may be larger than the memory."""
+    pixels = np.zeros(IGNORED + 1, np.int64)
+    for first in range(0, reader.rows, _MASKS_AT_ONCE):
+        rows = range(first, min(reader.rows, first + _MASKS_AT_ONCE))
+        masks = reader.labels(target.name, rows)
+        pixels += np.bincount(masks.reshape(-1), minlength=IGNORED + 1)
+    return {name: int(pixels[index]) for index, name in enumerate(target.classes)}
 
 
 def _counts(indices: np.ndarray, names: tuple[str, ...]) -> dict[str, int]:

@@ -7,6 +7,7 @@
     ├── CacheDamaged         (ValueError)         the bytes are not what was written
     ├── FormatVersionError   (ValueError)         written by another version of the format
     ├── IdentityMismatch     (ValueError)         written by another identity; `.differences`
+    │   └── LabellingMismatch                     the same features, asked other things
     ├── CacheLocked          (RuntimeError)       another process is writing it now
     ├── NoSpace              (OSError)            the disk is too full for the job
     ├── NotWritable          (PermissionError)    this user, or nobody, may write there
@@ -61,6 +62,11 @@ class IdentityMismatch(CacheError, ValueError):
     def __init__(self, message: str, differences: Sequence[tuple[str, Any, Any]] = ()) -> None:
         super().__init__(message)
         self.differences = list(differences)
+
+
+class LabellingMismatch(IdentityMismatch):
+    """The cache holds these features, and the source of its inputs asks other things of them now
+    than when it was last asked."""
 
 
 class CacheLocked(CacheError, RuntimeError):

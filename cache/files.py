@@ -17,6 +17,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 MOST_BUFFERS = 1024  # IOV_MAX on Linux and macOS
 MOST_OPEN = 128  # descriptors kept open by one pool
 YOUNG_SECONDS, OLD_SECONDS = 60, 86_400  # ages of a file that may be, or cannot be, in the making
@@ -48,14 +50,37 @@ def read_exactly(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     return total
 
 
-def read_at(path: Path, offset: int, length: int) -> bytes:
-    """Up to `length` bytes of a file from `offset`; fewer at its end."""
-    fd = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """A descriptor of the file or folder, closed at the end."""
+    fd = os.open(path, flags)
     try:
-        data = bytearray(length)
-        return bytes(data[: read_exactly(fd, [memoryview(data)], offset)])
+        yield fd
     finally:
         os.close(fd)
+
+
+def read_from(fd: int, offset: int, length: int) -> bytes:
+    """Up to `length` bytes of an open file from `offset`; fewer at its end."""
+    data = bytearray(length)
+    return bytes(data[: read_exactly(fd, [memoryview(data)], offset)])
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order, without a copy where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def read_at(path: Path, offset: int, length: int) -> bytes:
+    """Up to `length` bytes of a file from `offset`; fewer at its end."""
+    with opened(path) as fd:
+        return read_from(fd, offset, length)
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes durable."""
+    with opened(path) as fd:
+        os.fsync(fd)
 
 
 def sync_folder(folder: Path) -> None:
@@ -77,11 +102,7 @@ def sync_tree(folder: Path) -> None:
     """Make every file and every name below a folder durable."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            fd = os.open(Path(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync(Path(parent, name))
         sync_folder(Path(parent))
 
 
@@ -123,6 +144,17 @@ def write_atomic(path: Path, data: bytes, folder: Path) -> None:
     finally:
         os.close(fd)
     partial.replace(path)
+
+
+def write_new(path: Path, data: memoryview) -> None:
+    """Write a file where none is, in folders that are made, and make its bytes durable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        write_all(fd, data, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def publish(partial: Path, path: Path) -> bool:

@@ -1,7 +1,7 @@
-"""The ledger: one record per finished shard, with a checksum of every row.
+"""The ledger: one record per finished shard, with a checksum of every slot.
 
 A record is published after the shard's data are on disk, so its presence is the proof that the
-shard is whole. It is a zero-padded run of bytes of fixed length, which each backend keeps in its
+shard is whole. It is a zero-padded run of bytes of fixed length, which each container keeps in its
 own way. It ends in a checksum of itself: a record torn by a power cut counts as not there.
 
 A record may also say what rounding to the storage type lost, where the caller measured it, and how
@@ -16,7 +16,8 @@ from typing import Any, Self
 
 import xxhash
 
-from cache.manifest import Manifest, canonical_json
+from cache.documents import canonical_json
+from cache.manifest import Manifest
 
 REASON_BYTES = 160  # of the reason's JSON text: longer ones are cut
 
@@ -32,15 +33,15 @@ _TAIL_BYTES = len(_CHECK) + 32 + len(b'"}')
 class Record:
     """What the ledger says of one finished shard.
 
-    rows: (first, one past the last).
-    digests: per stack, one xxh3_128 hex digest per row, over the row's bytes in all views.
-    skipped: reason per row that has no features; its bytes are zeros.
+    slots: (first, one past the last), counted through all parts.
+    digests: per stack, one xxh3_128 hex digest per slot, over its bytes in all views.
+    skipped: reason per slot that has no features; its bytes are zeros.
     error: per stack that was measured, what rounding lost; sums and maximum over the shard.
     seconds: wall time since the record before it, in the process that wrote both.
     """
 
     shard: int
-    rows: tuple[int, int]
+    slots: tuple[int, int]
     digests: Mapping[str, Sequence[str]]
     skipped: Mapping[int, str]
     error: Mapping[str, Error] = field(default_factory=dict)
@@ -62,9 +63,9 @@ class Record:
     def _text(self) -> bytes:
         document: dict[str, Any] = {
             "shard": self.shard,
-            "rows": list(self.rows),
+            "rows": list(self.slots),
             "digests": {stack: list(digests) for stack, digests in self.digests.items()},
-            "skipped": {str(row): _cut(reason) for row, reason in self.skipped.items()},
+            "skipped": {str(slot): _cut(reason) for slot, reason in self.skipped.items()},
         }
         if self.error:
             document["error"] = {stack: list(error) for stack, error in self.error.items()}
@@ -84,28 +85,28 @@ class Record:
         first, end = document["rows"]
         return cls(
             shard=document["shard"],
-            rows=(first, end),
+            slots=(first, end),
             digests=document["digests"],
-            skipped={int(row): reason for row, reason in document["skipped"].items()},
+            skipped={int(slot): reason for slot, reason in document["skipped"].items()},
             error={stack: tuple(error) for stack, error in document.get("error", {}).items()},
             seconds=document.get("seconds"),
         )
 
     def belongs_to(self, manifest: Manifest, shard: int) -> bool:
         """Whether it describes that shard of that cache."""
-        rows = manifest.shard_rows(shard)
+        slots = manifest.shard_slots(shard)
         return (
-            (self.shard, self.rows) == (shard, (rows.start, rows.stop))
+            (self.shard, self.slots) == (shard, (slots.start, slots.stop))
             and set(self.digests) == {stack.name for stack in manifest.stacks}
-            and all(len(digests) == len(rows) for digests in self.digests.values())
+            and all(len(digests) == len(slots) for digests in self.digests.values())
         )
 
 
-def record_bytes(manifest: Manifest) -> int:
-    """Length of every record: room for digests, a reason on every row, errors and seconds."""
-    rows = min(manifest.rows_per_shard, manifest.rows)
-    digests = sum(len(stack.name) + 8 + rows * 35 for stack in manifest.stacks)
-    skipped = rows * (REASON_BYTES + len(str(manifest.rows)) + 4)
+def record_bytes(manifest: Manifest, part: int) -> int:
+    """Length of a part's records: room for digests, a reason on every slot, errors and seconds."""
+    slots = min(manifest.slots_per_shard, manifest.parts[part])
+    digests = sum(len(stack.name) + 8 + slots * 35 for stack in manifest.stacks)
+    skipped = slots * (REASON_BYTES + len(str(manifest.slots)) + 4)
     error = sum(len(stack.name) + 8 + 3 * _NUMBER_BYTES for stack in manifest.stacks)
     seconds = len('"seconds":,') + _NUMBER_BYTES
     return 256 + digests + skipped + len('"error":{},') + error + seconds

@@ -1,6 +1,6 @@
-"""Where a cache is: the backend of a path, and its creation, one file or folder at a time.
+"""Where a cache is: the container of a path, and its creation, one file or folder at a time.
 
-The suffix chooses the backend. A cache appears under its name only when its layout is complete:
+The suffix chooses the container. A cache appears under its name only when its layout is complete:
 it is built beside its place under a temporary name, made durable, locked, and renamed.
 """
 
@@ -18,7 +18,10 @@ from typing import Any
 import numpy as np
 
 from cache import files
-from cache.backend import Backend
+from cache.containers import journal
+from cache.containers.container import Container
+from cache.containers.hdf5 import Hdf5Container
+from cache.containers.zarr import ZarrContainer
 from cache.errors import (
     CacheDamaged,
     CacheError,
@@ -27,36 +30,34 @@ from cache.errors import (
     FormatVersionError,
     LocationError,
 )
-from cache.hdf5_backend import Hdf5Backend
-from cache.zarr_backend import ZarrBackend
 
-BACKENDS: dict[str, type[Backend]] = {".zarr": ZarrBackend, ".h5": Hdf5Backend}
+CONTAINERS: dict[str, type[Container]] = {".zarr": ZarrContainer, ".h5": Hdf5Container}
 LITTER_SECONDS = 600  # a temporary name that nobody has locked for so long is a crash's leftover
 
 
-def backend_of(location: str | Path) -> type[Backend]:
-    """The backend class for a location. Raises LocationError for another suffix."""
+def container_of(location: str | Path) -> type[Container]:
+    """The container class for a location. Raises LocationError for another suffix."""
     path = Path(location)
     if "://" in str(location):
         raise LocationError(f"{location}: expected a local path, received a URL")
-    if path.suffix not in BACKENDS:
+    if path.suffix not in CONTAINERS:
         raise LocationError(
             f"{location}: expected a folder name ending in .zarr or a file name ending in .h5, "
             f"received suffix {path.suffix!r}"
         )
-    return BACKENDS[path.suffix]
+    return CONTAINERS[path.suffix]
 
 
-def open_backend(location: str | Path) -> Backend:
+def open_container(location: str | Path) -> Container:
     """Read the layout of the cache at a location; no data are read.
 
     Raises: LocationError, CacheNotFound, CacheDamaged, FormatVersionError.
     """
-    kind, path = backend_of(location), Path(location).absolute()
+    kind, path = container_of(location), Path(location).absolute()
     if not path.exists():
         raise CacheNotFound(f"{location}: there is no cache here; `extract` makes one")
-    expected = "folder" if kind is ZarrBackend else "file"
-    if path.is_dir() != (kind is ZarrBackend):
+    expected = "folder" if kind is ZarrContainer else "file"
+    if path.is_dir() != (kind is ZarrContainer):
         raise LocationError(f"{location}: expected a {expected} for suffix {kind.suffix}")
     try:
         return kind.open(path)
@@ -98,7 +99,8 @@ def create(
     _sweep(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
     try:
-        backend_of(path).create(temporary, document, tables)
+        container_of(path).create(temporary, document, tables)
+        journal.forget(path)  # of a cache that was deleted by hand; the new one is another
         fd = lock(temporary, shared=shared)  # of the file itself: the rename keeps it
         try:
             _publish(temporary, path)
@@ -125,6 +127,7 @@ def remove(location: Path, unless: Callable[[], bool] = lambda: False) -> None:
             return
         doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
         path.rename(doomed)
+        journal.forget(path)
         _delete(doomed)
     finally:
         os.close(fd)
@@ -152,7 +155,7 @@ def _publish(temporary: Path, path: Path) -> None:
 
 def _refuse_other_things(path: Path) -> None:
     try:
-        open_backend(path)
+        open_container(path)
     except FormatVersionError:
         pass  # a cache all the same
     except CacheDamaged as error:

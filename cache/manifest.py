@@ -1,13 +1,20 @@
-"""The manifest: what a cache is, before any of its data exist.
+"""The manifest: what the features of a cache are, before any of them exist.
 
-A manifest has two kinds of content. The **identity** says what the numbers were made from (the
-caller decides its fields: backbone, weights, preprocessing, source, ...); its hash, with the format
-version, is the **fingerprint**. The rest says how the numbers are laid out. Neither knows where
-the cache lies, when it was made, or which backend holds it.
+A manifest has two kinds of content. The **identity** says what decides the numbers of a row beside
+its input (the caller chooses the fields: backbone, weights, preprocessing, ...); its hash, with the
+format version, is the **fingerprint**. The rest says how the numbers are laid out. Neither knows
+which inputs there are, what is asked of them (see `labelling.py`), where the cache lies, when it
+was made, or which container holds it.
+
+A **slot** is the place of one input's features. Slots come in **parts**: those that the cache was
+made with, and those that each later update added. A part begins with a new shard and is never
+changed by another.
 """
 
+import bisect
+import functools
 import hashlib
-import json
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -16,21 +23,21 @@ from typing import Any, Self
 
 import numpy as np
 
+from cache.documents import canonical_json, plain_json
 from cache.encoding import STORAGE
-from cache.errors import CacheDamaged, FormatVersionError, NameMissing
+from cache.errors import CacheDamaged, NameMissing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 SHARD_BYTES = 64 * 2**20  # large enough for full disk speed, small enough to lose in a crash
-MOST_ROWS_PER_SHARD = 4096
-ABSENT = "(absent)"
-LABEL_DTYPES = {"class": "int64", "multilabel": "int8", "regression": "float32"}  # kind → table
+MOST_SLOTS_PER_SHARD = 4096
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """All taps that share a token count and a width: one array `(row, view, tap, token, dim)`.
+    """All taps that share a token count and a width: one array `(slot, view, tap, token, dim)`.
 
     `tokens` counts every token kept; the first `prefix_tokens` of them are class or register
     tokens.
@@ -56,117 +63,63 @@ class Stack:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(taps, tokens, dim): the values that one view of one row holds."""
+        """(taps, tokens, dim): the values that one view of one slot holds."""
         return len(self.taps), self.tokens, self.dim
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """Something to predict; the table `labels/<name>` holds it for every row.
-
-    | kind | table | a row without |
-    |---|---|---|
-    | class | int64 (rows,), a class index | -1 |
-    | multilabel | int8 (rows, classes), 1 where the class applies, else 0 | -1 throughout |
-    | regression | float32 (rows,), a finite number | NaN |
-
-    A regression has no classes, a multilabel target at least one; a class target without any is
-    one for which no row has a label.
-    """
-
-    name: str
-    kind: str = "class"
-    classes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(self.classes))
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(
-                f"target name {self.name!r}: expected lower-case letters, digits and _"
-            )
-        if self.kind not in LABEL_DTYPES:
-            raise ValueError(
-                f"target {self.name!r}: kind {self.kind!r} is unknown, expected one of "
-                f"{', '.join(LABEL_DTYPES)}"
-            )
-        if self.kind == "regression" and self.classes:
-            raise ValueError(
-                f"target {self.name!r}: a regression has no classes, received {len(self.classes)}"
-            )
-        if self.kind == "multilabel" and not self.classes:
-            raise ValueError(f"target {self.name!r}: expected one class or more, received none")
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"target {self.name!r}: two classes have the same name")
-
-    def layout(self, rows: int) -> tuple[str, tuple[int, ...]]:
-        """(dtype, shape) of the table of so many rows."""
-        shape = (rows, len(self.classes)) if self.kind == "multilabel" else (rows,)
-        return LABEL_DTYPES[self.kind], shape
-
-
-@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The plan of a cache.
+    """The plan of a cache's features.
 
-    identity: nested JSON; everything that decides the numbers, nothing else.
+    identity: nested JSON; everything that decides the numbers beside the inputs, nothing else.
     storage: name of the storage type, a key of `cache.STORAGE`.
-    rows, views: lengths of the first two axes of every stack.
-    rows_per_shard: layout only; None picks about 64 MiB of row bytes.
-    splits: names; the table `split` holds an index into them per row.
+    parts: number of slots in each part, what the cache was made with first.
+    views: length of the second axis of every stack.
+    slots_per_shard: layout only; 0 picks about 64 MiB of slot bytes.
     final_norm: the backbone's last norm, e.g. `{"kind": "layer", "eps": 1e-6}`; its weights are
         the tables `final_norm/weight` and `final_norm/bias`.
     blocks: per block of the backbone, nested JSON that says what kind of block it is; the caller
         decides its fields.
     notes: informational JSON (created by, source path, recipe); compared with nothing.
+    formerly: the fingerprint that format version 1 gave to this cache, which runs trained on it may
+        have written down.
     """
 
     identity: Mapping[str, Any]
     storage: str
-    rows: int
+    parts: tuple[int, ...]
     stacks: tuple[Stack, ...]
     views: int = 1
-    rows_per_shard: int = 0
-    targets: tuple[Target, ...] = ()
-    splits: tuple[str, ...] = ()
+    slots_per_shard: int = 0
     final_norm: Mapping[str, Any] = field(default_factory=dict)
     blocks: tuple[Mapping[str, Any], ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    formerly: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("stacks", "targets", "splits"):
+        for name in ("stacks", "parts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("identity", "final_norm", "notes"):
-            object.__setattr__(self, name, _plain_json(name, getattr(self, name)))
-        blocks = tuple(_plain_json(f"blocks[{i}]", block) for i, block in enumerate(self.blocks))
+            object.__setattr__(self, name, plain_json(name, getattr(self, name)))
+        blocks = tuple(plain_json(f"blocks[{i}]", block) for i, block in enumerate(self.blocks))
         object.__setattr__(self, "blocks", blocks)
         self._validate()
-        if self.rows_per_shard == 0:
-            object.__setattr__(self, "rows_per_shard", default_rows_per_shard(self.row_nbytes))
+        if self.slots_per_shard == 0:
+            object.__setattr__(self, "slots_per_shard", default_slots_per_shard(self.slot_nbytes))
 
     def _validate(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"format version {self.format_version} is not readable by this program, "
-                f"which reads version {FORMAT_VERSION}: use the sidecache that wrote it, "
-                "or extract again"
-            )
         if self.storage not in STORAGE:
             raise ValueError(f"storage {self.storage!r}: expected one of {', '.join(STORAGE)}")
-        if self.rows < 1 or self.views < 1 or self.rows_per_shard < 0:
+        if not self.parts or min(self.parts) < 1 or self.views < 1 or self.slots_per_shard < 0:
             raise ValueError(
-                "a cache has at least one row and one view, received "
-                f"rows={self.rows}, views={self.views}, rows_per_shard={self.rows_per_shard}"
+                "a cache has at least one slot in each part and one view, received "
+                f"parts={self.parts}, views={self.views}, slots_per_shard={self.slots_per_shard}"
             )
         if not self.stacks:
             raise ValueError("a cache has at least one stack, received none")
-        for what, names in (
-            ("stacks", [stack.name for stack in self.stacks]),
-            ("targets", [target.name for target in self.targets]),
-            ("splits", list(self.splits)),
-        ):
-            if len(set(names)) != len(names):
-                raise ValueError(f"two {what} have the same name: {', '.join(names)}")
+        names = [stack.name for stack in self.stacks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two stacks have the same name: {', '.join(names)}")
 
     @property
     def dtype(self) -> np.dtype:
@@ -176,28 +129,59 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the canonical JSON of the format version and the identity."""
-        document = {"format_version": self.format_version, "identity": self.identity}
-        return hashlib.sha256(canonical_json(document).encode()).hexdigest()
+        return fingerprint(FORMAT_VERSION, self.identity)
 
     @property
-    def row_nbytes(self) -> int:
-        """Bytes of one row: all stacks, all views."""
-        return sum(self.stack_row_nbytes(stack.name) for stack in self.stacks)
+    def slots(self) -> int:
+        """Number of slots, of all parts."""
+        return sum(self.parts)
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one slot: all stacks, all views."""
+        return sum(self.stack_slot_nbytes(stack.name) for stack in self.stacks)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows of all stacks; tables, ledger and metadata are not counted."""
-        return self.rows * self.row_nbytes
+        """Bytes of all slots of all stacks; tables, ledger and metadata are not counted."""
+        return self.slots * self.slot_nbytes
+
+    @functools.cached_property
+    def part_starts(self) -> tuple[int, ...]:
+        """First slot of each part, and one past the last of all."""
+        return tuple(itertools.accumulate(self.parts, initial=0))
+
+    @functools.cached_property
+    def _shard_starts(self) -> np.ndarray:
+        """First slot of each shard, int64, and one past the last of all."""
+        starts = [
+            np.arange(first, end, self.slots_per_shard)
+            for first, end in itertools.pairwise(self.part_starts)
+        ]
+        return np.concatenate([*starts, [self.slots]]).astype(np.int64)
 
     @property
     def shards(self) -> int:
-        """Number of shards; the last may have fewer rows."""
-        return -(-self.rows // self.rows_per_shard)
+        """Number of shards; the last of each part may have fewer slots."""
+        return len(self._shard_starts) - 1
 
-    def shard_rows(self, shard: int) -> range:
-        """Rows of one shard, 0 <= shard < shards."""
-        start = shard * self.rows_per_shard
-        return range(start, min(start + self.rows_per_shard, self.rows))
+    def shard_slots(self, shard: int) -> range:
+        """Slots of one shard, 0 <= shard < shards."""
+        return range(int(self._shard_starts[shard]), int(self._shard_starts[shard + 1]))
+
+    def shards_of(self, slots: np.ndarray) -> np.ndarray:
+        """The shard of each slot, int64."""
+        return np.searchsorted(self._shard_starts, slots, side="right") - 1
+
+    def part_of(self, shard: int) -> tuple[int, int]:
+        """The part that a shard belongs to, and its number within that part."""
+        first = self.shard_slots(shard).start
+        part = bisect.bisect_right(self.part_starts, first) - 1
+        return part, (first - self.part_starts[part]) // self.slots_per_shard
+
+    def part_shards(self, part: int) -> int:
+        """Number of shards in a part."""
+        return -(-self.parts[part] // self.slots_per_shard)
 
     def stack(self, name: str) -> Stack:
         """The stack of that name. Raises NameMissing listing those there are."""
@@ -208,93 +192,50 @@ class Manifest:
         raise NameMissing(f"no stack {name!r} in this cache: it holds {names}")
 
     def stored_shape(self, stack_name: str) -> tuple[int, int, int]:
-        """(taps, tokens, stored width) of one view of one row, in elements of `dtype`.
+        """(taps, tokens, stored width) of one view of one slot, in elements of `dtype`.
 
         The width is the stack's dim; of int8 it is dim + 4, for each token's scale.
         """
         taps, tokens, dim = self.stack(stack_name).shape
         return taps, tokens, STORAGE[self.storage].width(dim)
 
-    def stack_row_nbytes(self, name: str) -> int:
-        """Bytes of one row of one stack, all views."""
+    def stack_slot_nbytes(self, name: str) -> int:
+        """Bytes of one slot of one stack, all views."""
         return self.views * math.prod(self.stored_shape(name)) * self.dtype.itemsize
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain JSON values; `from_dict` gives an equal manifest back."""
         return {
-            "format_version": self.format_version,
             "identity": dict(self.identity),
             "storage": self.storage,
-            "rows": self.rows,
+            "parts": list(self.parts),
             "views": self.views,
-            "rows_per_shard": self.rows_per_shard,
+            "slots_per_shard": self.slots_per_shard,
             "stacks": [{**vars(stack), "taps": list(stack.taps)} for stack in self.stacks],
-            "targets": [
-                {**vars(target), "classes": list(target.classes)} for target in self.targets
-            ],
-            "splits": list(self.splits),
             "final_norm": dict(self.final_norm),
             "blocks": [dict(block) for block in self.blocks],
             "notes": dict(self.notes),
+            "formerly": self.formerly,
         }
-
-    def to_json(self) -> str:
-        """The canonical JSON text of `to_dict`."""
-        return canonical_json(self.to_dict())
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Self:
-        """Rebuild a manifest.
-
-        Raises:
-            FormatVersionError: it was written by another version of the format.
-            CacheDamaged: a field is missing, unknown or has a value that makes no sense.
-        """
-        version = document.get("format_version", ABSENT)
-        if version != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"the cache has format version {version}, this program reads version "
-                f"{FORMAT_VERSION}: use the sidecache that wrote it, or extract again"
-            )
+        """Rebuild a manifest. Raises CacheDamaged for a field that is missing, unknown or has a
+        value that makes no sense."""
         try:
             fields = dict(document)
             fields["stacks"] = tuple(Stack(**stack) for stack in fields["stacks"])
-            fields["targets"] = tuple(Target(**target) for target in fields["targets"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise CacheDamaged(f"the manifest cannot be read: {error}") from error
 
 
-def default_rows_per_shard(row_nbytes: int) -> int:
-    """Rows that make about 64 MiB, between 1 and 4096."""
-    return max(1, min(MOST_ROWS_PER_SHARD, SHARD_BYTES // row_nbytes))
+def fingerprint(format_version: int, identity: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of the canonical JSON of a format version and an identity."""
+    document = {"format_version": format_version, "identity": identity}
+    return hashlib.sha256(canonical_json(document).encode()).hexdigest()
 
 
-def canonical_json(value: object) -> str:
-    """One ASCII text per value: keys sorted, no spaces, NaN refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def differences(a: object, b: object, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """List `(dotted field, value in a, value in b)` where two nested JSON values differ.
-
-    Objects are compared field by field, anything else as a whole. A field that one side lacks
-    shows as "(absent)".
-    """
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        found = []
-        for key in sorted({*a, *b}):
-            dotted = f"{prefix}.{key}" if prefix else str(key)
-            found += differences(a.get(key, ABSENT), b.get(key, ABSENT), dotted)
-        return found
-    return [] if a == b else [(prefix, a, b)]
-
-
-def _plain_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """A private copy with tuples turned to lists, so that equality survives a round trip."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a JSON object, received {type(value).__name__}")
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be nested JSON values: {error}") from error
+def default_slots_per_shard(slot_nbytes: int) -> int:
+    """Slots that make about 64 MiB, between 1 and 4096."""
+    return max(1, min(MOST_SLOTS_PER_SHARD, SHARD_BYTES // slot_nbytes))

@@ -18,13 +18,21 @@ from typing import Any, Self
 import numpy as np
 
 from cache import files
-from cache.backend import ShardExtents
+from cache.containers.container import Container, ShardExtents
+from cache.containers.document import below, in_part, labelling_tables
+from cache.documents import canonical_json
 from cache.encoding import decode_keys
 from cache.errors import CacheDamaged, CacheIncomplete, NameMissing, TapMissing
+from cache.labelling import Target
 from cache.ledger import Error, Record, read_record
-from cache.location import open_backend
-from cache.manifest import Stack, Target, canonical_json
-from cache.tables import read_table
+from cache.location import open_container
+from cache.manifest import Stack
+from cache.tables import (
+    labelling_digest,
+    read_labelling_table,
+    read_table,
+    read_table_rows,
+)
 
 Rows = Sequence[int] | np.ndarray | range
 
@@ -32,43 +40,58 @@ Rows = Sequence[int] | np.ndarray | range
 class Reader:
     """A cache opened for reading; a context manager.
 
+    Rows are those of the labelling: the inputs of today, in their order. What lies in which slot is
+    the reader's business.
+
     allow_incomplete: open a cache whose extraction has not finished; only the rows of finished
     shards can then be read.
 
-    Besides what follows: `location` (absolute), `manifest`, `fingerprint`, `skipped` (reason per
-    row that has no features), `errors` (per stack, what rounding lost in each shard where that was
+    Besides what follows: `location` (absolute), `manifest`, `labelling`, `fingerprint`, `slots`
+    (int64 (rows,), where each row's features lie), `skipped` (reason per row that has no features),
+    `errors` (per stack, what rounding to the storage type lost in each shard where that was
     measured, see docs/format.md), `seconds` (wall time that the finished shards took, all legs and
-    workers together; None where no record says) and `backend` (the layout, for `cache` itself).
+    workers together; None where no record says) and `container` (the layout, for `cache` itself).
 
-    Raises: LocationError, CacheNotFound, CacheIncomplete, CacheDamaged, FormatVersionError.
+    Raises: LocationError, CacheNotFound, CacheIncomplete, CacheDamaged, FormatVersionError,
+    CacheLocked while an HDF5 file is being changed.
     """
 
     def __init__(self, location: str | Path, *, allow_incomplete: bool = False) -> None:
-        self.backend = open_backend(location)
-        self.location = self.backend.path
-        self.manifest = self.backend.manifest
+        self.container, self.slots = _opened(location)
+        self.location = self.container.path
+        self.manifest, self.labelling = self.container.manifest, self.container.labelling
         self.fingerprint = self.manifest.fingerprint
-        self.skipped: dict[int, str] = {}
         self.errors: dict[str, list[Error]] = {}
         self._done = np.zeros(self.manifest.shards, bool)
+        skipped: dict[int, str] = {}
         seconds: list[float] = []
         for shard, record in self._records():
             if record is None:
                 continue
             self._done[shard] = True
-            self.skipped |= record.skipped
+            skipped |= record.skipped
             for stack, error in record.error.items():
                 self.errors.setdefault(stack, []).append(error)
             if record.seconds is not None:
                 seconds.append(record.seconds)
         self.seconds = round(math.fsum(seconds), 3) if seconds else None
+        self.skipped = (
+            {row: skipped[slot] for row, slot in enumerate(self.slots.tolist()) if slot in skipped}
+            if skipped
+            else {}
+        )
         if not self.complete and not allow_incomplete:
             raise CacheIncomplete(
-                f"{location}: {self.rows_done} of {self.manifest.rows} rows are done: "
+                f"{location}: {self.rows_done} of {self.rows} rows are done: "
                 "run the same extract command again, it continues where it stopped"
             )
         self._extents: dict[tuple[str, int], ShardExtents] = {}
         self._files, self._pid = files.OpenFiles(), os.getpid()
+
+    @property
+    def _row_tables(self) -> set[str]:
+        """Names of the labelling's tables, as they are stored; version 1 has them at the root."""
+        return set(labelling_tables(self.container.document))
 
     def __enter__(self) -> Self:
         return self
@@ -87,23 +110,84 @@ class Reader:
         self._files.close()
 
     @property
-    def complete(self) -> bool:
-        """Whether every shard has a ledger record."""
-        return bool(self._done.all())
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.labelling.rows
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the rows of all stacks; slots that no row has any more are not counted."""
+        return self.rows * self.manifest.slot_nbytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether the shards of all rows have a ledger record."""
+        return self.rows_done == self.rows
+
+    @functools.cached_property
     def rows_done(self) -> int:
-        """Rows of the finished shards."""
-        return sum(len(self.manifest.shard_rows(int(s))) for s in np.flatnonzero(self._done))
+        """Rows whose shards are finished."""
+        return int(self._done[self.manifest.shards_of(self.slots)].sum())
+
+    @property
+    def slots_pending(self) -> int:
+        """Slots whose shards are not finished: of an extraction, or of an update of the rows."""
+        shards = np.flatnonzero(~self._done)
+        return sum(len(self.manifest.shard_slots(int(shard))) for shard in shards)
+
+    def is_known_as(self, fingerprint: str) -> bool:
+        """Whether a run that noted this fingerprint was trained on these features: by the name of
+        today, or the one that format version 1 gave them."""
+        return fingerprint in (self.fingerprint, self.manifest.formerly or self.fingerprint)
+
+    def has(self, table: str) -> bool:
+        """Whether the cache keeps a table of that name."""
+        return table in self.container.document["tables"]
+
+    @property
+    def own_keys(self) -> np.ndarray | None:
+        """The labelling's table of keys; None if each row's key is that of its slot."""
+        if below(self.container.labelling_at, "keys") not in self._row_tables:
+            return None
+        return self.labelling_table("keys")
+
+    @functools.cached_property
+    def slot_keys(self) -> list[str]:
+        """One key per slot, also of those that no row has."""
+        parts = range(len(self.manifest.parts))
+        return [key for part in parts for key in decode_keys(self.table(in_part(part, "keys")))]
 
     @functools.cached_property
     def keys(self) -> list[str]:
         """One key per row."""
-        return decode_keys(self.table("keys"))
+        if (own := self.own_keys) is not None:
+            return decode_keys(own)
+        keys = self.slot_keys
+        return [keys[slot] for slot in self.slots.tolist()]
+
+    @property
+    def slot_sha256(self) -> np.ndarray:
+        """Digest of each slot's input, uint8 (slots, 32). Raises NameMissing if not kept."""
+        return self._of_slots("source_sha256")
+
+    @property
+    def source_sha256(self) -> np.ndarray:
+        """Digest of each row's input, uint8 (rows, 32). Raises NameMissing if not kept."""
+        return self.slot_sha256[self.slots]
+
+    def lengths(self, stack: str = "tokens") -> np.ndarray:
+        """Tokens of each row, int32 (rows,); those behind are zeros and count nowhere.
+
+        All tokens of the stack, where the cache does not say.
+        """
+        tokens = self.manifest.stack(stack).tokens
+        if f"lengths/{stack}" not in self.container.document["tables"]:
+            return np.full(self.rows, tokens, np.int32)
+        return self._of_slots(f"lengths/{stack}")[self.slots]
 
     def target(self, name: str | None = None) -> Target:
         """The target of that name; None: the first. Raises NameMissing listing those there are."""
-        targets = self.manifest.targets
+        targets = self.labelling.targets
         for target in targets:
             if name in (None, target.name):
                 return target
@@ -111,43 +195,86 @@ class Reader:
         asked = "" if name is None else f" {name!r}"
         raise NameMissing(f"no target{asked} in {self.location}: it holds {names}")
 
-    def labels(self, target: str | None = None) -> np.ndarray:
+    def labels(self, target: str | None = None, rows: Rows | None = None) -> np.ndarray:
         """What is to be predicted for every row, as `Target` says; None: of the first target.
 
-        Raises NameMissing.
+        `rows`: of these alone, in this order; the others are not read. Raises NameMissing.
         """
-        return self.table(f"labels/{self.target(target).name}")
+        name = f"labels/{self.target(target).name}"
+        if rows is None:
+            return self.labelling_table(name)
+        stored = below(self.container.labelling_at, name)
+        return read_table_rows(self.container, stored, np.asarray(rows, np.int64))
+
+    def groups(self, name: str) -> list[str]:
+        """The group that each row belongs to. Raises NameMissing listing those there are."""
+        if name not in self.labelling.groups:
+            names = _listed(self.labelling.groups)
+            raise NameMissing(f"no group {name!r} in {self.location}: it holds {names}")
+        return decode_keys(self.labelling_table(f"groups/{name}"))
+
+    @property
+    def folds(self) -> np.ndarray:
+        """The fold of each row, int16 (rows,), -1 for none. Raises NameMissing without folds."""
+        if not self.labelling.folds:
+            raise NameMissing(f"{self.location} has no folds; `sidecache label --folds` draws them")
+        return self.labelling_table("fold")
+
+    @property
+    def split(self) -> np.ndarray:
+        """Each row's split as an index into `labelling.splits`, int16 (rows,), -1 for none."""
+        if not self.labelling.splits:
+            return np.full(self.rows, -1, np.int16)
+        return self.labelling_table("split")
 
     def split_rows(self, *names: str) -> np.ndarray:
         """Rows of the named splits, int64, in row order, skipped ones left out; no name: all rows.
 
         Raises NameMissing listing the splits there are.
         """
-        splits = self.manifest.splits
+        splits = self.labelling.splits
         for name in names:
             if name not in splits:
                 raise NameMissing(
                     f"no split {name!r} in {self.location}: it holds {_listed(splits)}"
                 )
-        keep = np.ones(self.manifest.rows, bool)
+        keep = np.ones(self.rows, bool)
         if names:
-            keep = np.isin(self.table("split"), [splits.index(name) for name in names])
+            keep = np.isin(self.split, [splits.index(name) for name in names])
         keep[list(self.skipped)] = False
         return np.flatnonzero(keep).astype(np.int64)
+
+    def labelling_table(self, name: str) -> np.ndarray:
+        """A fresh copy of one of the labelling's tables. Raises NameMissing, CacheDamaged."""
+        return read_labelling_table(self.container, name)
+
+    @property
+    def place_tables(self) -> dict[str, np.ndarray]:
+        """Those of the labelling's tables that say which slot each row has: a labelling of the same
+        rows takes them over."""
+        own = self.own_keys
+        return {"slots": self.slots} | ({} if own is None else {"keys": own})
+
+    @functools.cached_property
+    def labelling_tables(self) -> dict[str, np.ndarray]:
+        """All tables of the labelling by name, `slots` left out."""
+        names = (*self.labelling.tables, *(f"groups/{group}" for group in self.labelling.groups))
+        return {name: self.labelling_table(name) for name in names}
+
+    @functools.cached_property
+    def labelling_digest(self) -> str:
+        """SHA-256, in hex, of what is asked of which inputs: the same for every format, and however
+        the features are stored."""
+        return labelling_digest(self.container)
 
     @functools.cached_property
     def final_norm(self) -> dict[str, Any]:
         """The backbone's last norm: kind, eps, weight, bias (float32); empty if not kept."""
         return {**self.manifest.final_norm, **self.tables_below("final_norm")}
 
-    @property
-    def source_sha256(self) -> np.ndarray:
-        """Digest of each row's source file, uint8 (rows, 32). Raises NameMissing if not kept."""
-        return self.table("source_sha256")
-
     def table(self, name: str) -> np.ndarray:
         """A fresh copy of one table. Raises NameMissing, CacheDamaged."""
-        return read_table(self.backend, name)
+        return read_table(self.container, name)
 
     def tables_below(self, prefix: str) -> dict[str, np.ndarray]:
         """Fresh copies of the tables `<prefix>/<rest>`, by `<rest>`; empty if there are none.
@@ -155,7 +282,7 @@ class Reader:
         Raises CacheDamaged.
         """
         above = f"{prefix}/"
-        names = [name for name in self.backend.document["tables"] if name.startswith(above)]
+        names = [name for name in self.container.document["tables"] if name.startswith(above)]
         return {name.removeprefix(above): self.table(name) for name in names}
 
     def read(
@@ -197,54 +324,61 @@ class Reader:
         tap_bytes = tokens * width * out.itemsize
         length = len(chosen) * tap_bytes
         memory = out.reshape(-1).view(np.uint8).data
-        order = np.argsort(indices, kind="stable")
-        indices = indices[order]
-        for shard, part in _groups(indices // self.manifest.rows_per_shard):
+        slots = self.slots[indices]
+        order = np.argsort(slots, kind="stable")
+        indices, slots = indices[order], slots[order]
+        for shard, part in _groups(self.manifest.shards_of(slots)):
             extents = self._shard_extents(stack, shard)
-            first = self.manifest.shard_rows(shard).start
-            places = extents.offsets[indices[part] - first, view]
+            first = self.manifest.shard_slots(shard).start
+            places = extents.offsets[slots[part] - first, view]
             starts = np.where(places < 0, -1, places + chosen.start * tap_bytes)
             buffers = [memory[i * length : (i + 1) * length] for i in order[part].tolist()]
             self._fill(extents.path, starts, buffers, indices[part])
 
     @functools.cached_property
     def content(self) -> str:
-        """SHA-256 of the numbers, in hex: the same for every format, path and shard size.
+        """SHA-256 of the features, in hex: the same for every format, path, shard size and history.
 
-        Covers stack names and shapes, storage type, row digests in row order, skipped rows, keys,
-        targets with labels, and splits. Raises CacheIncomplete while rows are missing.
+        Covers stack names and shapes, storage type, keys, row digests in row order and skipped
+        rows; labels and splits are in `labelling_digest`. Raises CacheIncomplete while rows are
+        missing.
         """
         if not self.complete:
             raise CacheIncomplete(
                 f"{self.location}: the content is not known before it is complete"
             )
-        document = self.manifest.to_dict()
-        layout = ("storage", "rows", "views", "stacks", "targets", "splits")
-        head = {name: document[name] for name in layout} | {"skipped": sorted(self.skipped)}
+        described = self.manifest.to_dict()
+        head = {name: described[name] for name in ("storage", "views", "stacks")}
+        head |= {"rows": self.rows, "skipped": sorted(self.skipped), "keys": self.keys}
         digest = hashlib.sha256(canonical_json(head).encode())
-        names = ["keys", *(f"labels/{target.name}" for target in self.manifest.targets)]
-        for name in [*names, "split"] if self.manifest.splits else names:
-            digest.update(self.table(name).data)
+        records = dict(self._records())
+        shards = self.manifest.shards_of(self.slots).tolist()
         for stack in self.manifest.stacks:
-            for shard, record in self._records():
+            for shard, slot in zip(shards, self.slots.tolist(), strict=True):
+                record = records[shard]
                 if record is None:
                     raise CacheDamaged(f"{self.location}: the record of shard {shard} is gone")
-                digest.update("".join(record.digests[stack.name]).encode())
+                digest.update(record.digests[stack.name][slot - record.slots[0]].encode())
         return digest.hexdigest()
 
     def _records(self) -> Iterator[tuple[int, Record | None]]:
         for shard in range(self.manifest.shards):
-            yield shard, read_record(self.backend.record(shard), self.manifest, shard)
+            yield shard, read_record(self.container.record(shard), self.manifest, shard)
+
+    def _of_slots(self, name: str) -> np.ndarray:
+        """A table with a value a slot, of all parts."""
+        parts = range(len(self.manifest.parts))
+        return np.concatenate([self.table(in_part(part, name)) for part in parts])
 
     def _check_rows(self, rows: Rows, view: int) -> np.ndarray:
         indices = np.asarray(rows)
         if indices.ndim != 1 or (len(indices) and indices.dtype.kind not in "iu"):
             raise ValueError(f"rows: expected a list of integers, received {indices.dtype}")
-        outside = (indices < 0) | (indices >= self.manifest.rows)
+        outside = (indices < 0) | (indices >= self.rows)
         if outside.any():
             raise IndexError(
                 f"row {indices[outside.argmax()]} is outside the cache, "
-                f"which has rows 0 to {self.manifest.rows - 1}"
+                f"which has rows 0 to {self.rows - 1}"
             )
         if not 0 <= view < self.manifest.views:
             raise IndexError(f"view {view} is outside the cache: it has {self.manifest.views}")
@@ -265,11 +399,12 @@ class Reader:
         extents = self._extents.get((stack, shard))
         if extents is None:
             if not self._done[shard]:
-                rows = self.manifest.shard_rows(shard)
+                slots = self.manifest.shard_slots(shard)
+                rows = np.flatnonzero((self.slots >= slots.start) & (self.slots < slots.stop))
                 raise CacheIncomplete(
-                    f"{self.location}: rows {rows.start} to {rows.stop - 1} are not done yet"
+                    f"{self.location}: rows {rows[0]} to {rows[-1]} are not done yet"
                 )
-            extents = self._extents[stack, shard] = self.backend.rows(stack, shard)
+            extents = self._extents[stack, shard] = self.container.slots(stack, shard)
         return extents
 
     def _fill(
@@ -298,6 +433,19 @@ class Reader:
         if self._pid != os.getpid():  # forked: another thread may have held the pool's lock
             self._files, self._pid = files.OpenFiles(), os.getpid()
         return self._files
+
+
+def _opened(location: str | Path) -> tuple[Container, np.ndarray]:
+    """The cache at a location, and the slot of each row."""
+    while True:
+        container = open_container(location)
+        try:
+            if below(container.labelling_at, "slots") in labelling_tables(container.document):
+                return container, read_labelling_table(container, "slots")
+            return container, np.arange(container.labelling.rows)
+        except CacheDamaged:
+            if open_container(location).document == container.document:
+                raise  # else its labelling has been replaced twice meanwhile
 
 
 def _groups(values: np.ndarray) -> Iterator[tuple[int, slice]]:

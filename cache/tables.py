@@ -1,46 +1,61 @@
-"""The small arrays beside the stacks: what each must look like, and reading one.
+"""The small arrays beside the stacks: what those of the features must look like, and reading one.
 
 | table | dtype | shape | holds |
 |---|---|---|---|
-| keys | uint8 | any | a JSON list of strings, one key per row (`encode_keys`) |
-| labels/<target> | int64 | (rows,) | of a class target: class index, -1 for none |
-| labels/<target> | int8 | (rows, classes) | multilabel: 1 or 0 per class, -1 throughout for none |
-| labels/<target> | float32 | (rows,) | regression: finite, NaN for none |
-| split | uint8 | (rows,) | index into the manifest's splits |
-| source_sha256 | uint8 | (rows, 32) | digest of the source file |
+| keys | uint8 | any | a JSON list of strings, one key per slot of a part (`encode_keys`) |
+| source_sha256 | uint8 | (slots, 32) | digest of each slot's input (optional) |
+| lengths/<stack> | int32 | (slots,) | tokens of each slot; those behind are zeros (optional) |
 | final_norm/weight, final_norm/bias | float32 | (dim,) | the backbone's last norm |
 
 Tables of other names, such as `ladder/block0/qkv_weight`, are kept as they are. All are written
-once, at creation.
+once: with the cache, or with the part that they speak of. Those of a labelling are in
+`labelling.py`.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import xxhash
 
 from cache import files
-from cache.backend import Backend
+from cache.containers.container import Container
+from cache.containers.document import below
 from cache.encoding import decode_keys
 from cache.errors import CacheDamaged, NameMissing
-from cache.manifest import Manifest, Target
+from cache.manifest import Manifest
 
-_NAME = re.compile(r"(?!(stacks|scales|ledger|manifest)(/|$))[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)*")
+_RESERVED = "stacks|scales|ledger|manifest|updates|labellings|labels|groups|split|slots|fold"
+_PIECE_BYTES = 16 * 2**20  # read at once; a table of masks may be larger than the memory
+_NAME = re.compile(rf"(?!({_RESERVED})(/|$))[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)*")
 
 
-def check_tables(manifest: Manifest, tables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def slot_tables(manifest: Manifest, slots: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of the optional tables with a value for each of a part's slots.
+
+    `keys` has a value a slot too, but as text: `decode_keys`.
+    """
+    lengths = {f"lengths/{stack.name}": ("int32", (slots,)) for stack in manifest.stacks}
+    return {"source_sha256": ("uint8", (slots, 32)), **lengths}
+
+
+def check_tables(
+    manifest: Manifest, tables: Mapping[str, np.ndarray], part: int = 0
+) -> dict[str, np.ndarray]:
     """The tables, little endian and contiguous, after checking them against the manifest.
 
     Raises ValueError naming the table, what was expected and what came.
     """
-    layouts = row_tables(manifest)
-    needed = {"keys", *layouts} - {"source_sha256"}
-    if missing := sorted(needed - set(tables)):
-        raise ValueError(f"tables {missing} are missing: the manifest asks for {sorted(needed)}")
+    slots = manifest.parts[part]
+    layouts = slot_tables(manifest, slots)
+    if "keys" not in tables:
+        raise ValueError("tables ['keys'] are missing: expected one key per slot")
     for name, table in tables.items():
         if not _NAME.fullmatch(name):
             raise ValueError(f"table name {name!r} is reserved or not of the form 'name/name'")
+        if part and name != "keys" and name not in layouts:
+            raise ValueError(f"table {name!r} is the whole cache's: an update cannot change it")
         if table.size == 0 or table.dtype.kind not in "iuf":
             raise ValueError(
                 f"table {name!r}: expected numbers, received {table.dtype} {table.shape}"
@@ -50,72 +65,111 @@ def check_tables(manifest: Manifest, tables: Mapping[str, np.ndarray]) -> dict[s
             raise ValueError(
                 f"table {name!r}: expected {dtype} {shape}, received {table.dtype} {table.shape}"
             )
-    _check_values(manifest, tables)
-    return {
-        name: np.ascontiguousarray(table.astype(table.dtype.newbyteorder("<"), copy=False))
-        for name, table in tables.items()
-    }
+    _check_values(manifest, tables, slots)
+    return {name: plain(table) for name, table in tables.items()}
 
 
-def row_tables(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The tables whose first axis is the rows, with dtype and shape; `source_sha256` may be absent.
-
-    `keys` has a value a row too, but as text: `decode_keys`.
-    """
-    rows = manifest.rows
-    layouts = {f"labels/{target.name}": target.layout(rows) for target in manifest.targets}
-    if manifest.splits:
-        layouts["split"] = "uint8", (rows,)
-    return layouts | {"source_sha256": ("uint8", (rows, 32))}
+def plain(table: np.ndarray) -> np.ndarray:
+    """The same numbers, little endian and in C order."""
+    return np.ascontiguousarray(table.astype(table.dtype.newbyteorder("<"), copy=False))
 
 
-def read_table(backend: Backend, name: str) -> np.ndarray:
+def read_table(container: Container, name: str) -> np.ndarray:
     """Read a table and compare it with its checksum.
 
     Raises: NameMissing listing the tables there are; CacheDamaged naming the file.
     """
-    known = backend.document["tables"]
-    if name not in known:
-        raise NameMissing(f"no table {name!r} in {backend.path}: it holds {', '.join(known)}")
-    dtype, shape = np.dtype(known[name]["dtype"]), tuple(known[name]["shape"])
-    extent = backend.table(name)
-    length = dtype.itemsize * int(np.prod(shape))
+    table = np.empty(*_shape_and_dtype(container, name))
+    memory = files.bytes_of(table)
+    _read_checked(container, name, lambda start, end: memory[start:end])
+    return table
+
+
+def check_table(container: Container, name: str) -> None:
+    """Compare a table with its checksum, piece by piece. Raises what `read_table` raises."""
+    piece = memoryview(bytearray(_PIECE_BYTES))
+    _read_checked(container, name, lambda start, end: piece[: end - start])
+
+
+def _read_checked(
+    container: Container, name: str, memory: Callable[[int, int], memoryview]
+) -> None:
+    """Read all bytes of a table, those from `start` to `end` into `memory(start, end)`."""
+    shape, dtype = _shape_and_dtype(container, name)
+    extent, length = container.table(name), dtype.itemsize * math.prod(shape)
+    digest = xxhash.xxh3_128()
     try:
-        data = files.read_at(extent.path, extent.offset, length)
+        with files.opened(extent.path) as fd:
+            for start in range(0, length, _PIECE_BYTES):
+                piece = memory(start, min(length, start + _PIECE_BYTES))
+                got = files.read_exactly(fd, [piece], extent.offset + start)
+                digest.update(piece[:got])
     except FileNotFoundError as error:
         raise CacheDamaged(f"{extent.path}, table {name!r}, is missing") from error
-    if xxhash.xxh3_128_hexdigest(data) != known[name]["xxh3_128"]:
+    if digest.hexdigest() != container.document["tables"][name]["xxh3_128"]:
         raise CacheDamaged(f"{extent.path}: table {name!r} does not match its checksum")
-    return np.frombuffer(data, dtype).reshape(shape).copy()
 
 
-def _check_values(manifest: Manifest, tables: Mapping[str, np.ndarray]) -> None:
+def _shape_and_dtype(container: Container, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    known = container.document["tables"]
+    if name not in known:
+        raise NameMissing(f"no table {name!r} in {container.path}: it holds {', '.join(known)}")
+    return tuple(known[name]["shape"]), np.dtype(known[name]["dtype"])
+
+
+def read_table_rows(container: Container, name: str, rows: np.ndarray) -> np.ndarray:
+    """Some rows of a table, in the order given, without reading the others (nor its checksum).
+
+    Raises: NameMissing, CacheDamaged; IndexError for a row that it has not.
+    """
+    shape, dtype = _shape_and_dtype(container, name)
+    if len(rows) and not (rows.min() >= 0 and rows.max() < shape[0]):
+        raise IndexError(f"table {name!r} has rows 0 to {shape[0] - 1}, asked for {rows}")
+    out = np.empty((len(rows), *shape[1:]), dtype)
+    extent, length = container.table(name), dtype.itemsize * math.prod(shape[1:])
+    memory = out.reshape(-1).view(np.uint8).data
+    starts = [extent.offset + int(row) * length for row in rows]
+    buffers = [memory[i * length : (i + 1) * length] for i in range(len(rows))]
+    with files.opened(extent.path) as fd:
+        for start, buffer in zip(starts, buffers, strict=True):
+            if files.read_exactly(fd, [buffer], start) < length:
+                raise CacheDamaged(f"{extent.path} ends too early: it was cut short", extent.path)
+    return out
+
+
+def read_labelling_table(container: Container, name: str) -> np.ndarray:
+    """One of the labelling's tables by its own name, in the dtype of this format version.
+
+    Raises: NameMissing, CacheDamaged.
+    """
+    table = read_table(container, below(container.labelling_at, name))
+    dtype, _ = container.labelling.tables.get(name, (table.dtype.name, ()))
+    return table.astype(dtype, copy=False)
+
+
+def labelling_digest(container: Container) -> str:
+    """The digest of the labelling that a cache has, noted down or (version 1) computed."""
+    if noted := container.document["labelling_digest"]:
+        return str(noted)
+    keys = decode_keys(read_table(container, "keys"))  # it has one part, and no slots
+    known = "source_sha256" in container.document["tables"]
+    digests = read_table(container, "source_sha256") if known else None
+    tables = {n: read_labelling_table(container, n) for n in container.labelling.tables}
+    return container.labelling.digest(keys, digests, tables)
+
+
+def _check_values(manifest: Manifest, tables: Mapping[str, np.ndarray], slots: int) -> None:
     keys = len(decode_keys(tables["keys"]))
-    if keys != manifest.rows:
-        raise ValueError(f"table 'keys' has {keys} keys, expected one per row: {manifest.rows}")
-    checks = {f"labels/{target.name}": _wrong_labels(target, tables) for target in manifest.targets}
-    if manifest.splits:
-        checks["split"] = (
-            tables["split"] >= len(manifest.splits),
-            f"0 to {len(manifest.splits) - 1}",
-        )
-    for name, (wrong, expected) in checks.items():
+    if keys != slots:
+        raise ValueError(f"table 'keys' has {keys} keys, expected one per slot: {slots}")
+    for stack in manifest.stacks:
+        lengths = tables.get(f"lengths/{stack.name}")
+        if lengths is None:
+            continue
+        wrong = (lengths < 0) | (lengths > stack.tokens)
         if wrong.any():
-            row = int(wrong.argmax())
+            slot = int(wrong.argmax())
             raise ValueError(
-                f"table {name!r}: row {row} is {tables[name][row]}, expected {expected}"
+                f"table 'lengths/{stack.name}': slot {slot} is {lengths[slot]}, expected 0 to "
+                f"{stack.tokens} tokens"
             )
-
-
-def _wrong_labels(target: Target, tables: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
-    """Which rows hold what they must not, bool (rows,); and what was expected of them."""
-    values = tables[f"labels/{target.name}"]
-    match target.kind:
-        case "class":
-            end = len(target.classes)
-            return (values < -1) | (values >= end), f"a class index below {end}, or -1 (none)"
-        case "multilabel":
-            fits = ((values == 0) | (values == 1)).all(axis=1) | (values == -1).all(axis=1)
-            return ~fits, "0 or 1 for every class, or -1 for every class (none)"
-        case _:
-            return np.isinf(values), "a finite number, or NaN (none)"

@@ -1,20 +1,22 @@
 """Verify a cache: recompute every row's checksum from the disk and name what differs.
 
-Damage is reported, not raised, and never repaired here: `Writer.forget` makes the damaged shards
-pending, and whoever can compute the rows writes them again.
+Damage is reported, not raised, and never repaired here: `Writer.replace` writes rows again that
+somebody has computed, `Writer.forget` makes a shard pending that is lost as a whole. Slots that no
+row has any more are not looked at.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
-from cache.encoding import decode_keys
 from cache.errors import CacheDamaged
 from cache.ledger import read_record
-from cache.manifest import Stack
 from cache.reader import Reader
+from cache.tables import check_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Damage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class Verified:
     """How far `verify` has come, counted in rows of the cache."""
 
     rows_done: int
@@ -46,10 +48,11 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What `verify` found. rows, bytes: how much was read and compared."""
+    """What `verify` found. rows, bytes: how much was read and compared; lost_shards: those of which
+    single rows cannot be written again in their places."""
 
     damaged: list[Damage]
-    damaged_shards: list[int]
+    lost_shards: list[int]
     rows: int
     bytes: int
     complete: bool
@@ -60,7 +63,7 @@ class Verification:
         return not self.damaged
 
 
-def verify(location: str | Path, report: Callable[[Progress], None] | None = None) -> Verification:
+def verify(location: str | Path, report: Callable[[Verified], None] | None = None) -> Verification:
     """Read the whole cache and compare it with its checksums; `report` is called once a shard.
 
     Raises: LocationError, CacheNotFound, FormatVersionError. Damage of any kind is in the result.
@@ -70,69 +73,98 @@ def verify(location: str | Path, report: Callable[[Progress], None] | None = Non
     except CacheDamaged as error:
         file = error.file or Path(location).absolute()
         whole = [Damage(file=file, reason=str(error))]
-        return Verification(damaged=whole, damaged_shards=[], rows=0, bytes=0, complete=False)
+        return Verification(damaged=whole, lost_shards=[], rows=0, bytes=0, complete=False)
     damaged, keys = _check_tables(reader)
-    shards: list[int] = []
-    rows = 0
+    lost: list[int] = []
+    done = 0
+    rows_of = _rows_by_shard(reader)
     with reader:
-        for shard in range(reader.manifest.shards):
-            if found := list(_damaged_rows(reader, shard, keys)):
-                damaged += found
-                shards.append(shard)
-            rows += len(reader.manifest.shard_rows(shard))
-            done = rows * reader.manifest.row_nbytes
+        for shard, rows in rows_of.items():
+            found, is_lost = _damage(reader, shard, rows, keys)
+            damaged += found
+            lost += [shard] if is_lost else []
+            done += len(rows)
             if report:
-                report(Progress(rows_done=rows, rows=reader.manifest.rows, bytes_done=done))
+                bytes_done = done * reader.manifest.slot_nbytes
+                report(Verified(rows_done=done, rows=reader.rows, bytes_done=bytes_done))
     return Verification(
         damaged=damaged,
-        damaged_shards=shards,
+        lost_shards=lost,
         rows=reader.rows_done,
-        bytes=reader.rows_done * reader.manifest.row_nbytes,
+        bytes=reader.rows_done * reader.manifest.slot_nbytes,
         complete=reader.complete,
     )
+
+
+def _rows_by_shard(reader: Reader) -> dict[int, list[int]]:
+    shards: dict[int, list[int]] = {}
+    order = np.argsort(reader.slots, kind="stable")
+    of = reader.manifest.shards_of(reader.slots[order]).tolist()
+    for row, shard in zip(order.tolist(), of, strict=True):
+        shards.setdefault(shard, []).append(row)
+    return shards
 
 
 def _check_tables(reader: Reader) -> tuple[list[Damage], list[str | None]]:
     """Damage of the tables, and the keys as far as they can be read."""
     damaged = []
-    keys: list[str | None] = [None] * reader.manifest.rows
-    for name in reader.backend.document["tables"]:
+    keys: list[str | None] = [None] * reader.rows
+    for name in reader.container.document["tables"]:
         try:
-            table = reader.table(name)
-            if name == "keys":
-                keys = list(decode_keys(table))
+            check_table(reader.container, name)
         except CacheDamaged as error:
-            file = reader.backend.table(name).path
+            file = reader.container.table(name).path
             damaged.append(Damage(file=file, reason=str(error)))
+    with contextlib.suppress(CacheDamaged):
+        keys = list(reader.keys)
     return damaged, keys
 
 
-def _damaged_rows(reader: Reader, shard: int, keys: list[str | None]) -> Iterator[Damage]:
-    data = reader.backend.record(shard)
+def _damage(
+    reader: Reader, shard: int, rows: list[int], keys: list[str | None]
+) -> tuple[list[Damage], bool]:
+    """What is damaged of these rows of a shard, and whether the shard is lost: no row of it can be
+    told from the others, or its file cannot be read in place."""
+    data = reader.container.record(shard)
     record = read_record(data, reader.manifest, shard)
-    rows = reader.manifest.shard_rows(shard)
+    stacks = [stack.name for stack in reader.manifest.stacks]
+
+    def all_rows(file: Path, reason: str, stacks: Sequence[str]) -> list[Damage]:
+        return [
+            Damage(file=file, reason=reason, stack=stack, row=row, key=keys[row])
+            for stack in stacks
+            for row in rows
+        ]
+
     if record is None:
-        if data and any(data):  # zeros only mean: not done yet
-            file, reason = reader.backend.record_place(shard).path, "its ledger record is damaged"
-            for stack in reader.manifest.stacks:
-                for row in rows:
-                    yield Damage(file=file, reason=reason, stack=stack.name, row=row, key=keys[row])
-        return
-    for stack in reader.manifest.stacks:
-        for row, expected in zip(rows, record.digests[stack.name], strict=True):
+        if not data or not any(data):  # zeros only mean: not done yet
+            return [], False
+        place = reader.container.record_place(shard).path
+        return all_rows(place, "its ledger record is damaged", stacks), True
+    found: list[Damage] = []
+    lost = False
+    for stack in stacks:
+        try:
+            file = reader.container.slots(stack, shard).path
+        except CacheDamaged as error:
+            found += all_rows(error.file or reader.location, str(error), [stack])
+            lost = True
+            continue
+        for row in rows:
+            expected = record.digests[stack][int(reader.slots[row]) - record.slots[0]]
             try:
-                file, digest = _row_digest(reader, stack, row)
-                reason = "its bytes do not match its checksum" if digest != expected else ""
+                same = row_digest(reader, stack, row) == expected
+                reason = "" if same else "its bytes do not match its checksum"
             except CacheDamaged as error:
-                file, reason = error.file or reader.location, str(error)
+                reason, lost = str(error), True
             if reason:
-                yield Damage(file=file, reason=reason, stack=stack.name, row=row, key=keys[row])
+                found.append(Damage(file=file, reason=reason, stack=stack, row=row, key=keys[row]))
+    return found, lost
 
 
-def _row_digest(reader: Reader, stack: Stack, row: int) -> tuple[Path, str]:
-    """The file that holds a row, and the checksum of what is there now."""
+def row_digest(reader: Reader, stack: str, row: int) -> str:
+    """The checksum of a row's bytes as they are now. Raises CacheDamaged."""
     digest = xxhash.xxh3_128()
     for view in range(reader.manifest.views):
-        digest.update(reader.read([row], stack=stack.name, view=view).data)
-    extents = reader.backend.rows(stack.name, row // reader.manifest.rows_per_shard)
-    return extents.path, digest.hexdigest()
+        digest.update(reader.read([row], stack=stack, view=view).data)
+    return digest.hexdigest()

@@ -3,18 +3,21 @@
 The order is the whole safety: the plan (manifest and tables) appears complete or not at all; a
 shard's bytes are forced to the disk before its ledger record is written. A process killed anywhere
 leaves finished shards, and others that count as not begun. Whoever runs the same job again writes
-the rest, and the result is the same as without the interruption.
+the rest, and the result is the same as without the interruption. An update goes the same way: a new
+part appears as a plan, its shards are filled, and then the labelling that speaks of its slots
+replaces the one before.
 
-This module does not know what the numbers mean, nor which backend holds them.
+This module does not know what the numbers mean, nor which container holds them.
 """
 
-import errno
+import contextlib
+import dataclasses
 import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,21 +27,33 @@ import numpy as np
 import xxhash
 
 from cache import files
-from cache.backend import Backend, Extent, make_document
-from cache.errors import CacheError, CacheLocked, IdentityMismatch, NoSpace, NotWritable
-from cache.ledger import Error, Record, add_errors, read_record, record_bytes
-from cache.location import backend_of, create, is_there, lock, open_backend, remove
-from cache.manifest import Manifest, differences
-from cache.tables import check_tables, read_table
+from cache.containers.container import Container, Extent
+from cache.containers.document import below, in_part, with_labelling, with_part
+from cache.encoding import decode_keys
+from cache.errors import CacheDamaged, LabellingMismatch
+from cache.labelling import Labelling
+from cache.ledger import Error, Record, add_errors, read_record
+from cache.location import container_of, lock, open_container
+from cache.manifest import Manifest
+from cache.planning import (
+    Plan,
+    checked_labels,
+    create_or_lock,
+    disk_explained,
+    refuse_full_disk,
+)
+from cache.tables import check_tables, labelling_digest
+
+MOST_HISTORY = 256  # digests of labellings that a cache remembers
 
 
 @dataclass
 class _OpenShard:
-    """A shard that is being filled: where it goes, which rows are claimed, what they hash to."""
+    """A shard that is being filled: where it goes, which slots are claimed, what they hash to."""
 
-    rows: range
-    places: dict[str, tuple[int, Extent]]  # stack: (fd, where the shard's first row goes)
-    claimed: np.ndarray  # bool (rows,)
+    slots: range
+    places: dict[str, tuple[int, Extent]]  # stack: (fd, where the shard's first slot goes)
+    claimed: np.ndarray  # bool (slots,)
     left: int
     digests: dict[str, list[str]]
     skipped: dict[int, str] = field(default_factory=dict)
@@ -48,10 +63,12 @@ class _OpenShard:
 class Writer:
     """Fill the cache at a location; a context manager, safe to call from many threads.
 
-    Creates the cache, or resumes it if it was made from the same identity; `overwrite` replaces a
-    cache of another identity, and resumes one of the same all the same. `tables` are the small
-    arrays of docs/format.md: `keys` always, `labels/<target>`, `split`, `source_sha256`,
-    `final_norm/weight` and `final_norm/bias` as the manifest says.
+    Creates the cache, or resumes it if it holds the same features of the same inputs; `overwrite`
+    replaces one of others. `tables` are the small arrays of docs/format.md: `keys` always,
+    `source_sha256`, `final_norm/weight` and `final_norm/bias` if there are, and those that the
+    labelling asks for. A cache that is there keeps its labelling, whatever it has become; if the
+    source says something else than when the cache was made, that is an error, or, with `overwrite`,
+    the new labelling.
 
     worker, workers: of several processes that fill one cache together, each owns the shards
     `worker, worker + workers, ...`; every number should be given to one process only. Where one is
@@ -60,63 +77,95 @@ class Writer:
 
     Raises:
         LocationError: the suffix is neither .zarr nor .h5.
-        IdentityMismatch: a cache made from something else is there; names every field.
+        IdentityMismatch: a cache of other features is there; names every field.
+        LabellingMismatch: these features are there, and the source asks other things of them now.
         CacheLocked: another process is writing it.
         NoSpace: what is still to be written is more than the file system has free.
         NotWritable: the cache must be made or changed, and this user may not.
-        ValueError: a table does not fit the manifest.
+        ValueError: a table does not fit the manifest or the labelling.
     """
 
     def __init__(
         self,
         location: str | Path,
         manifest: Manifest,
+        labelling: Labelling,
         tables: Mapping[str, np.ndarray],
         *,
         overwrite: bool = False,
         worker: int = 0,
         workers: int = 1,
     ) -> None:
-        if not 0 <= worker < workers:
-            raise ValueError(f"expected 0 <= worker < workers, received {worker} of {workers}")
-        backend_of(location)
+        _check_worker(worker, workers)
+        container_of(location)
         path = Path(location).absolute()
-        tables = check_tables(manifest, tables)
-        with _disk_explained(path):
-            self._lock_fd = _create_or_lock(path, manifest, tables, overwrite, workers > 1)
-        try:
-            self._backend: Backend = open_backend(path)
-            _refuse_differences(path, self._backend, manifest, tables)
-            self.manifest = self._backend.manifest
-            done = (
-                shard
-                for shard in range(self.manifest.shards)
-                if read_record(self._backend.record(shard), self.manifest, shard)
-            )
-            self._done = set(done)
-            self._backend.sweep()
-            self._owned = range(worker, self.manifest.shards, workers)
-            _refuse_full_disk(path, self._left_bytes(), 0)
-        except BaseException:
-            os.close(self._lock_fd)
-            raise
-        self.location = path
+        plan = Plan(manifest, labelling, tables)
+        with disk_explained(path):
+            lock_fd = create_or_lock(path, plan, overwrite=overwrite, shared=workers > 1)
+        self._open_locked(path, lock_fd, worker, workers, plan, overwrite)
+
+    @classmethod
+    def resume(cls, location: str | Path, *, worker: int = 0, workers: int = 1) -> Self:
+        """Go on with the cache at a location, whatever it is: fill what is pending, extend it,
+        replace its labelling. Raises CacheNotFound, and what a reader raises, beside the above."""
+        _check_worker(worker, workers)
+        path = open_container(location).path
+        writer = cls.__new__(cls)
+        with disk_explained(path):
+            lock_fd = lock(path, shared=workers > 1)
+        writer._open_locked(path, lock_fd, worker, workers)
+        return writer
+
+    def _open_locked(
+        self,
+        path: Path,
+        lock_fd: int,
+        worker: int,
+        workers: int,
+        plan: Plan | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.location, self._lock_fd = path, lock_fd
+        self._worker, self._workers = worker, workers
         self.bytes_written = 0
         self._lock = threading.Lock()
         self._open: dict[int, _OpenShard] = {}
         self._closed = False
         self._published = time.perf_counter()  # the last record, or the beginning
+        try:
+            self._take(open_container(path))
+            if plan is not None:
+                plan.refuse_differences(path, self._container)
+                self._settle_labelling(plan, overwrite)
+            with disk_explained(path):
+                self._container.sweep()
+            refuse_full_disk(path, self._left_bytes(), 0)
+        except BaseException:
+            os.close(lock_fd)
+            raise
 
-    @classmethod
-    def open(
-        cls,
-        location: str | Path,
-        manifest: Manifest,
-        tables: Mapping[str, np.ndarray],
-        **options: Any,
-    ) -> Self:
-        """The same as `Writer(...)`."""
-        return cls(location, manifest, tables, **options)
+    def _take(self, container: Container) -> None:
+        """Use the cache as it is now."""
+        self._container, self.manifest = container, container.manifest
+        self._done = {
+            shard
+            for shard in range(self.manifest.shards)
+            if read_record(container.record(shard), self.manifest, shard)
+        }
+        self._owned = range(self._worker, self.manifest.shards, self._workers)
+
+    def _settle_labelling(self, plan: Plan, overwrite: bool) -> None:
+        before = labelling_digest(self._container)
+        if plan.digest in (before, *self._container.labelling.history):
+            return
+        if not overwrite:
+            raise LabellingMismatch(
+                f"{self.location} holds these features already, and its inputs are asked other "
+                f"things now (labels, splits or groups): `sidecache label {self.location} SOURCE` "
+                "takes that over, and computes no feature",
+                [("labelling", before, plan.digest)],
+            )
+        self.label(plan.labelling, plan.labels, plan.digest)
 
     def __enter__(self) -> Self:
         return self
@@ -131,13 +180,64 @@ class Writer:
 
     @property
     def pending(self) -> list[range]:
-        """Row ranges of this worker's shards that are not done, in order."""
-        return [self.manifest.shard_rows(s) for s in self._owned if s not in self._done]
+        """Slot ranges of this worker's shards that are not done, in order."""
+        return [self.manifest.shard_slots(s) for s in self._owned if s not in self._done]
 
     @property
-    def rows_done(self) -> int:
-        """Rows of this worker's finished shards, those of earlier runs included."""
-        return sum(len(self.manifest.shard_rows(s)) for s in self._owned if s in self._done)
+    def slots_done(self) -> int:
+        """Slots of this worker's finished shards, those of earlier runs included."""
+        return sum(len(self.manifest.shard_slots(s)) for s in self._owned if s in self._done)
+
+    def extend(self, tables: Mapping[str, np.ndarray]) -> range:
+        """Add a part with a slot for each of `tables["keys"]`; its slots, all pending.
+
+        `tables` have a value a slot: `keys`, and of `source_sha256` and `lengths/<stack>` those
+        that the cache has. No row has these slots until a labelling speaks of them.
+
+        Raises ValueError for a table that does not fit; NoSpace, NotWritable.
+        """
+        part = len(self.manifest.parts)
+        slots = len(decode_keys(tables["keys"]))
+        manifest = dataclasses.replace(self.manifest, parts=(*self.manifest.parts, slots))
+        stored = {in_part(part, n): t for n, t in check_tables(manifest, tables, part).items()}
+        for name in ("source_sha256", *(f"lengths/{stack.name}" for stack in manifest.stacks)):
+            if (name in self._container.document["tables"]) != (in_part(part, name) in stored):
+                raise ValueError(f"table {name!r}: expected it for all parts of the cache or none")
+        refuse_full_disk(self.location, self._left_bytes() + slots * manifest.slot_nbytes, 0)
+        document = with_part(self._container.document, slots, stored)
+        self._amend(document, stored)
+        return range(self.manifest.part_starts[part], self.manifest.slots)
+
+    def label(
+        self,
+        labelling: Labelling,
+        tables: Mapping[str, np.ndarray],
+        digest: str,
+        *,
+        heard: str | None = None,
+    ) -> None:
+        """Replace the labelling, in one step; readers that have the cache open keep the old one.
+
+        `tables` are those that it asks for, with `slots` unless row r lies in slot r; `digest` is
+        its `Labelling.digest`. `heard` is the digest of what a source said, if not all of it was
+        taken over: it is no news from now on. Raises ValueError for a table that does not fit;
+        NotWritable.
+        """
+        stored = checked_labels(self.manifest, labelling, tables, tables.keys())
+        old = self._container.labelling.history or (labelling_digest(self._container),)
+        news = [heard, digest] if heard else [digest]
+        history = (*(each for each in old if each not in news), *news)[-MOST_HISTORY:]
+        labelling = dataclasses.replace(labelling, history=history)
+        at = f"labellings/{uuid.uuid4().hex[:12]}"
+        placed = {below(at, name): table for name, table in stored.items()}
+        document = with_labelling(self._container.document, labelling, digest, placed, at=at)
+        self._amend(document, placed)
+
+    def _amend(self, document: dict[str, Any], tables: Mapping[str, np.ndarray]) -> None:
+        if self._open or self._workers > 1:
+            raise ValueError("only a writer that is alone, and between shards, changes the cache")
+        with disk_explained(self.location):
+            self._take(self._container.amend(document, tables))
 
     def write(
         self,
@@ -146,32 +246,32 @@ class Writer:
         skipped: Mapping[int, str] | None = None,
         errors: Mapping[str, Error] | None = None,
     ) -> None:
-        """Write consecutive rows of one pending shard; with its last row, publish the shard.
+        """Write consecutive slots of one pending shard; with its last slot, publish the shard.
 
-        arrays: per stack `(n, views, *manifest.stored_shape(stack))` in the storage dtype, row
+        arrays: per stack `(n, views, *manifest.stored_shape(stack))` in the storage dtype, slot
             `start` first.
-        skipped: reason per absolute row that has no features; its values are written as zeros.
+        skipped: reason per absolute slot that has no features; its values are written as zeros.
         errors: what rounding to the storage type lost, as far as the caller measured it on some of
-            these rows: per stack, sum of squared errors, sum of squared exact values, worst
+            these slots: per stack, sum of squared errors, sum of squared exact values, worst
             relative error of one token. The ledger keeps sums and maximum of the shard. Numbers
             that are not finite (sums that overflowed) count as not measured.
-        Threads may write different rows at the same time, in any order.
+        Threads may write different slots at the same time, in any order.
 
         Raises:
-            ValueError: a stack, shape, dtype or error is not as expected, or the rows are not
+            ValueError: a stack, shape, dtype or error is not as expected, or the slots are not
                 pending.
             NameMissing: `errors` names a stack that the cache does not hold.
             NoSpace: the disk is full; what is published stays.
             NotWritable: this user may not write there.
         """
         start = int(start)
-        skipped = {int(row): reason for row, reason in (skipped or {}).items()}
+        skipped = {int(slot): reason for slot, reason in (skipped or {}).items()}
         count = self._check_arrays(arrays)
         measured = self._check_errors(errors or {})
         index, shard = self._claim(start, count, skipped)
-        local = start - shard.rows.start
+        local = start - shard.slots.start
         try:
-            with _disk_explained(self.location):
+            with disk_explained(self.location):
                 for name, values in arrays.items():
                     self._write_stack(shard, name, local, _without(values, start, skipped))
         except BaseException:
@@ -187,10 +287,50 @@ class Writer:
         if whole:
             self._publish(index, shard)
 
+    def replace(self, slot: int, arrays: Mapping[str, np.ndarray]) -> bool:
+        """Write one damaged slot of a finished shard again, in its place; whether its bytes are
+        those that were there before the damage.
+
+        arrays: per stack `(1, views, *manifest.stored_shape(stack))` in the storage dtype. Where
+        they differ from the ledger's checksum (another machine's last bits), the record is replaced
+        after them. Killed in between, the slot is as damaged as before.
+
+        Raises ValueError for a slot that is not in a finished shard; CacheDamaged where the shard's
+        file cannot be written in place (`forget` its shard then); NoSpace, NotWritable.
+        """
+        if (count := self._check_arrays(arrays)) != 1:
+            raise ValueError(f"expected arrays of one slot, received {count}")
+        shard = int(self.manifest.shards_of(np.array(slot)))
+        if shard not in self._done:
+            raise ValueError(f"slot {slot} is not in a finished shard")
+        record = read_record(self._container.record(shard), self.manifest, shard)
+        if record is None:
+            raise CacheDamaged(f"{self.location}: the record of shard {shard} is gone")
+        place = slot - record.slots[0]
+        digests = {stack: list(record.digests[stack]) for stack in arrays}
+        with disk_explained(self.location):
+            for stack, values in arrays.items():
+                there = self._container.slots(stack, shard)
+                with files.opened(there.path, os.O_WRONLY) as fd:
+                    for view, offset in enumerate(there.offsets[place].tolist()):
+                        if offset < 0:
+                            raise CacheDamaged(f"{there.path}: no room for slot {slot}", there.path)
+                        data = np.ascontiguousarray(values[0, view])
+                        files.write_all(fd, data.reshape(-1).view(np.uint8).data, offset)
+                    os.fsync(fd)
+                digests[stack][place] = _digest(np.ascontiguousarray(values[0]))
+            same = digests == {stack: list(record.digests[stack]) for stack in arrays}
+            if not same or slot in record.skipped:
+                skipped = {s: why for s, why in record.skipped.items() if s != slot}
+                changed = dataclasses.replace(record, digests=digests, skipped=skipped)
+                length = self._container.record_bytes(shard)
+                self._container.write_record(shard, changed.to_bytes(length))
+        return same
+
     def forget(self, shards: Iterable[int]) -> None:
         """Drop the ledger records of shards, so that they are pending again."""
         for shard in shards:
-            self._backend.forget(shard)
+            self._container.forget(shard)
             self._done.discard(shard)
 
     def close(self) -> None:
@@ -201,15 +341,16 @@ class Writer:
         for index, shard in list(self._open.items()):
             self._release(index)
             for stack, (_, extent) in shard.places.items():
-                self._backend.discard(stack, index, extent)
-        self._backend.sweep()
+                self._container.discard(stack, index, extent)
+        with contextlib.suppress(OSError):  # what is left the next writer finds
+            self._container.sweep()
         os.close(self._lock_fd)
 
     def _left_bytes(self) -> int:
-        return sum(map(len, self.pending)) * self.manifest.row_nbytes
+        return sum(map(len, self.pending)) * self.manifest.slot_nbytes
 
     def _check_arrays(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """The number of rows, after checking names, shapes and dtypes."""
+        """The number of slots, after checking names, shapes and dtypes."""
         names = [stack.name for stack in self.manifest.stacks]
         if sorted(arrays) != sorted(names):
             raise ValueError(f"expected arrays for stacks {names}, received {sorted(arrays)}")
@@ -220,7 +361,7 @@ class Writer:
             if received.shape != expected or received.dtype != self.manifest.dtype:
                 raise ValueError(
                     f"stack {stack.name!r}: expected {self.manifest.dtype} {expected} "
-                    f"(row, view, tap, token, stored width), "
+                    f"(slot, view, tap, token, stored width), "
                     f"received {received.dtype} {received.shape}"
                 )
         return count
@@ -240,36 +381,36 @@ class Writer:
         return finite
 
     def _claim(self, start: int, count: int, skipped: Mapping[int, str]) -> tuple[int, _OpenShard]:
-        """Take rows for the calling thread; begins their shard with its first rows."""
-        index = start // self.manifest.rows_per_shard
+        """Take slots for the calling thread; begins their shard with its first ones."""
+        index = int(self.manifest.shards_of(np.array(start)))
         with self._lock:
             if self._closed:
                 raise ValueError("the writer is closed")
             if count < 1 or index not in self._owned or index in self._done:
-                raise ValueError(f"rows {start} to {start + count - 1} are not in a pending shard")
-            rows = self.manifest.shard_rows(index)
-            if start + count > rows.stop:
+                raise ValueError(f"slots {start} to {start + count - 1} are not in a pending shard")
+            slots = self.manifest.shard_slots(index)
+            if start + count > slots.stop:
                 raise ValueError(
-                    f"rows {start} to {start + count - 1} reach past their shard, "
-                    f"which is rows {rows.start} to {rows.stop - 1}"
+                    f"slots {start} to {start + count - 1} reach past their shard, "
+                    f"which is slots {slots.start} to {slots.stop - 1}"
                 )
-            if any(not start <= row < start + count for row in skipped):
-                raise ValueError(f"skipped {list(skipped)}: expected rows among those written")
+            if any(not start <= slot < start + count for slot in skipped):
+                raise ValueError(f"skipped {list(skipped)}: expected slots among those written")
             shard = self._open.get(index)
             if shard is None:
-                with _disk_explained(self.location):
-                    shard = self._open[index] = self._begin(index, rows)
-            claimed = shard.claimed[start - rows.start : start - rows.start + count]
+                with disk_explained(self.location):
+                    shard = self._open[index] = self._begin(index, slots)
+            claimed = shard.claimed[start - slots.start : start - slots.start + count]
             if claimed.any():
-                raise ValueError(f"row {start + int(claimed.argmax())} was already written")
+                raise ValueError(f"slot {start + int(claimed.argmax())} was already written")
             claimed[:] = True
             return index, shard
 
-    def _begin(self, index: int, rows: range) -> _OpenShard:
+    def _begin(self, index: int, slots: range) -> _OpenShard:
         places: dict[str, tuple[int, Extent]] = {}
         try:
             for stack in self.manifest.stacks:
-                extent = self._backend.begin(stack.name, index)
+                extent = self._container.begin(stack.name, index)
                 fd = os.open(extent.path, os.O_WRONLY)
                 places[stack.name] = fd, extent
                 files.try_lock(fd, shared=True)  # says that somebody lives who writes this file
@@ -277,52 +418,54 @@ class Writer:
             for fd, _ in places.values():
                 os.close(fd)
             raise
-        digests = {stack.name: [""] * len(rows) for stack in self.manifest.stacks}
-        claimed = np.zeros(len(rows), bool)
-        return _OpenShard(rows, places, claimed, len(rows), digests)
+        digests = {stack.name: [""] * len(slots) for stack in self.manifest.stacks}
+        claimed = np.zeros(len(slots), bool)
+        return _OpenShard(slots, places, claimed, len(slots), digests)
 
     def _write_stack(self, shard: _OpenShard, name: str, local: int, values: np.ndarray) -> None:
-        rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
-        for position, row in enumerate(rows, local):
-            shard.digests[name][position] = xxhash.xxh3_128_hexdigest(row.data)
+        slots = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+        for position, slot in enumerate(slots, local):
+            shard.digests[name][position] = xxhash.xxh3_128_hexdigest(slot.data)
         fd, extent = shard.places[name]
-        files.write_all(fd, rows.reshape(-1).data, extent.offset + local * rows.shape[1])
+        files.write_all(fd, slots.reshape(-1).data, extent.offset + local * slots.shape[1])
         with self._lock:
-            self.bytes_written += rows.nbytes
+            self.bytes_written += slots.nbytes
 
     def _publish(self, index: int, shard: _OpenShard) -> None:
         """Data to the disk first, then the record that vouches for them: for ours, or for those of
         a writer who was faster, whose last bits may differ."""
-        with _disk_explained(self.location):
+        with disk_explained(self.location):
             for stack, (fd, extent) in shard.places.items():
-                if not self._backend.seal(stack, index, fd, extent):
+                if not self._container.seal(stack, index, fd, extent):
                     self._vouch_for_theirs(stack, index, shard)
             record = Record(
                 shard=index,
-                rows=(shard.rows.start, shard.rows.stop),
+                slots=(shard.slots.start, shard.slots.stop),
                 digests=shard.digests,
                 skipped=shard.skipped,
                 error={stack: add_errors(parts) for stack, parts in shard.errors.items()},
                 seconds=self._seconds_since_last(),
             )
-            self._backend.write_record(index, record.to_bytes(self._backend.record_bytes))
+            self._container.write_record(
+                index, record.to_bytes(self._container.record_bytes(index))
+            )
         with self._lock:
             self._done.add(index)
             self._release(index)
 
     def _vouch_for_theirs(self, stack: str, index: int, shard: _OpenShard) -> None:
-        """Take over the checksums of a faster writer's rows; what he skipped is skipped."""
-        nothing = xxhash.xxh3_128_hexdigest(bytes(self.manifest.stack_row_nbytes(stack)))
+        """Take over the checksums of a faster writer's slots; what he skipped is skipped."""
+        nothing = xxhash.xxh3_128_hexdigest(bytes(self.manifest.stack_slot_nbytes(stack)))
         theirs = self._digests_there(stack, index)
-        for row, digest, ours in zip(shard.rows, theirs, shard.digests[stack], strict=True):
+        for slot, digest, ours in zip(shard.slots, theirs, shard.digests[stack], strict=True):
             if digest == nothing != ours:
-                shard.skipped.setdefault(row, "skipped by another writer of this shard")
+                shard.skipped.setdefault(slot, "skipped by another writer of this shard")
         shard.digests[stack] = theirs
 
     def _digests_there(self, stack: str, index: int) -> list[str]:
-        """The checksums of a published shard's rows, as they are on the disk."""
-        there = self._backend.rows(stack, index)
-        length = self.manifest.stack_row_nbytes(stack) // self.manifest.views
+        """The checksums of a published shard's slots, as they are on the disk."""
+        there = self._container.slots(stack, index)
+        length = self.manifest.stack_slot_nbytes(stack) // self.manifest.views
         digests = []
         for views in there.offsets.tolist():
             digest = xxhash.xxh3_128()
@@ -345,122 +488,19 @@ class Writer:
             os.close(fd)
 
 
-def _create_or_lock(
-    path: Path,
-    manifest: Manifest,
-    tables: dict[str, np.ndarray],
-    overwrite: bool,
-    shared: bool,
-) -> int:
-    """The descriptor that holds the lock of the cache, which exists afterwards.
-
-    What is there is replaced only if `overwrite` says so and it was made from something else: of
-    several workers that were all told to overwrite, one does, and the others use its cache.
-    """
-
-    def same() -> bool:
-        try:
-            return not _differences(open_backend(path), manifest, tables)
-        except CacheError:
-            return False
-
-    while is_there(path):
-        if not overwrite or same():
-            return lock(path, shared=shared)
-        reclaimed = files.allocated_bytes(path)
-        _refuse_full_disk(path, _bytes_of(manifest, tables), reclaimed)
-        try:
-            remove(path, unless=same)
-        except CacheLocked:
-            if not same():  # else another worker has just replaced it
-                raise
-        except FileNotFoundError:
-            continue  # another worker has just removed it
-    _refuse_full_disk(path, _bytes_of(manifest, tables), 0)
-    document = make_document(manifest, tables, record_bytes(manifest))
-    try:
-        return create(path, document, tables, shared=shared)
-    except FileExistsError:  # another worker was faster: use its plan
-        return lock(path, shared=shared)
-
-
-def _bytes_of(manifest: Manifest, tables: Mapping[str, np.ndarray]) -> int:
-    ledger = manifest.shards * record_bytes(manifest)
-    return manifest.nbytes + ledger + sum(table.nbytes for table in tables.values())
-
-
-def _refuse_full_disk(path: Path, needed: int, reclaimed: int) -> None:
-    free = files.free_bytes(path) + reclaimed
-    if needed > free:
-        raise NoSpace(
-            f"{path}: {needed:,} bytes are still to be written and {free:,} are free: "
-            "make room, choose another disk, or keep fewer taps, tokens or a smaller storage type"
-        )
-
-
-def _differences(
-    backend: Backend, manifest: Manifest, tables: Mapping[str, np.ndarray]
-) -> list[tuple[str, Any, Any]]:
-    """Where a cache is not that of this job: identity, layout of the stacks, tables."""
-    there, wanted = backend.manifest.to_dict(), manifest.to_dict()
-    found = differences(there["identity"], wanted["identity"])
-    if not found:  # the rest follows from the identity, and would only repeat it
-        plan = ("storage", "rows", "views", "stacks", "targets", "splits", "final_norm", "blocks")
-        for name in plan:
-            found += differences(there[name], wanted[name], name)
-    if not found:
-        same = backend.document["tables"].keys() == tables.keys() and all(
-            read_table(backend, name).tobytes() == table.tobytes() for name, table in tables.items()
-        )
-        found = [] if same else [("tables", "other contents", "these contents")]
-    return found
-
-
-def _refuse_differences(
-    path: Path, backend: Backend, manifest: Manifest, tables: Mapping[str, np.ndarray]
-) -> None:
-    """Resuming is for the same job."""
-    found = _differences(backend, manifest, tables)
-    if found:
-        lines = "".join(
-            f"\n  {field}: {_short(a)} in the cache, {_short(b)} now" for field, a, b in found
-        )
-        raise IdentityMismatch(
-            f"{path} was made from something else:{lines}\n"
-            "choose another --out, or replace it with --overwrite",
-            found,
-        )
-
-
-def _short(value: object) -> str:
-    """A value for a message; of a digest its first twelve digits."""
-    is_digest = isinstance(value, str) and len(value) == 64
-    return f"{value[:12]}…" if is_digest else repr(value)  # type: ignore[index]
-
-
 def _without(values: np.ndarray, start: int, skipped: Mapping[int, str]) -> np.ndarray:
     if not skipped:
         return values
     values = values.copy()
-    values[[row - start for row in skipped]] = 0
+    values[[slot - start for slot in skipped]] = 0
     return values
 
 
-@contextmanager
-def _disk_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except CacheError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(
-                f"{path}: the disk is full. Finished shards are kept: make room and run the same "
-                "command again, it continues from there"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise NotWritable(
-                f"{path} cannot be written ({error}): expected a place where this user may write; "
-                "choose another --out, or change the rights"
-            ) from error
-        raise
+def _digest(slot: np.ndarray) -> str:
+    """The ledger's checksum of one slot of a stack, (views, taps, tokens, stored width)."""
+    return xxhash.xxh3_128_hexdigest(slot.reshape(-1).view(np.uint8).data)
+
+
+def _check_worker(worker: int, workers: int) -> None:
+    if not 0 <= worker < workers:
+        raise ValueError(f"expected 0 <= worker < workers, received {worker} of {workers}")

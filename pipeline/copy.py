@@ -1,7 +1,8 @@
 """Make a smaller cache from a cache: fewer taps, sums of taps, another storage type, fewer splits.
 
-No backbone is needed. A copy is a cache like any other; its identity says what it was copied from,
-so it never passes for one that came straight from the backbone.
+No backbone is needed. A copy is a cache like any other; where its numbers are not those that an
+extraction would have written (sums of rounded taps, values rounded twice), its identity says what
+they were made from. A copy has the rows of today alone, without what updates left behind.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Manifest, Reader, Stack, Writer, decode_keys, encode_keys, row_tables
+from cache import Manifest, Reader, Stack, Writer, encode_keys
 from pipeline.config import CopyConfig
 from pipeline.errors import SettingError
 from pipeline.features.casting import (
@@ -28,6 +28,7 @@ from pipeline.features.casting import (
 )
 from pipeline.features.taps import choose_gather, choose_taps
 from pipeline.features.writing import gathered_stacks, overflow_error
+from pipeline.labelling.questions import Questions, of_reader
 from pipeline.side.gather import Gather
 
 _CHUNK_BYTES = 32 * 2**20  # of the source's rows at a time
@@ -69,10 +70,12 @@ def copy(config: CopyConfig, report: Callable[[Copied], None] = lambda _: None) 
         gather = choose_gather(config, shapes, config.src)
         stacks = _stacks(config, reader, gather)
         manifest = _manifest(config, reader, rows, gather, stacks)
-        tables = _tables(config, reader, rows)
-        with Writer.open(config.dst, manifest, tables, overwrite=config.overwrite) as writer:
+        asked = _asked(config, reader, rows)
+        tables = {**_tables(reader, asked, rows), **asked.tables}
+        labelling = asked.labelling
+        with Writer(config.dst, manifest, labelling, tables, overwrite=config.overwrite) as writer:
             copied = _run(reader, rows, gather, writer, report)
-        source_bytes = len(rows) * reader.manifest.row_nbytes
+        source_bytes = len(rows) * reader.manifest.slot_nbytes
     with Reader(config.dst) as done:
         return CopyResult(
             rows=len(rows),
@@ -94,7 +97,7 @@ def _run(
 ) -> int:
     pending = writer.pending
     total = sum(map(len, pending))
-    most = max(1, _CHUNK_BYTES // reader.manifest.row_nbytes)
+    most = max(1, _CHUNK_BYTES // reader.manifest.slot_nbytes)
     copied = 0
     for run in pending:
         for start in range(run.start, run.stop, most):
@@ -115,7 +118,7 @@ def _run(
             errors = {} if skipped else views[0][1]
             writer.write(start, arrays, skipped, errors)
             copied += len(part)
-            done = copied * writer.manifest.row_nbytes
+            done = copied * writer.manifest.slot_nbytes
             report(Copied(rows=copied, total=total, bytes=done))
     return copied
 
@@ -163,7 +166,7 @@ def _refuse_overflow(
 def _rows(reader: Reader, splits: Sequence[str] | None) -> np.ndarray:
     """Rows of the splits; of the whole cache, skipped rows included, if none is named."""
     if splits is None:
-        return np.arange(reader.manifest.rows)
+        return np.arange(reader.rows)
     rows = reader.split_rows(*splits)
     if len(rows) == 0:
         raise SettingError(f"split {' + '.join(splits)}: it has no rows")
@@ -189,42 +192,52 @@ def _manifest(
     gather: Gather | None,
     stacks: tuple[Stack, ...],
 ) -> Manifest:
+    """Taps that are left out change no number; another storage type and sums do, and then the
+    fingerprint speaks of the cache that they were made from."""
     source = reader.manifest
     storage = config.dtype or source.storage
-    splits = source.splits if config.split is None else tuple(config.split)
-    identity: dict[str, Any] = {
-        **source.identity,
-        "taps": [tap for stack in stacks for tap in stack.taps],
-        "dtype": storage,
-        "copied": {"fingerprint": reader.fingerprint, "splits": list(splits)},
-    }
+    identity = {**source.identity, "taps": [tap for stack in stacks for tap in stack.taps]}
+    if gather or storage != source.storage:
+        identity |= {"dtype": storage, "copied": {"fingerprint": reader.fingerprint}}
     if gather:
         identity["gather"] = dataclasses.asdict(gather)
+    same = identity == source.identity
     return dataclasses.replace(
         source,
         identity=identity,
         storage=storage,
-        rows=len(rows),
-        rows_per_shard=0,
+        parts=(len(rows),),
+        slots_per_shard=0,
         stacks=stacks,
-        splits=splits,
         notes={**source.notes, "copied_from": str(config.src)},
+        formerly=source.formerly if same else "",
     )
 
 
-def _tables(config: CopyConfig, reader: Reader, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The source's tables; those with a value a row for the rows that are copied."""
-    names = reader.backend.document["tables"]
-    tables = {name: reader.table(name) for name in names}
-    keys = decode_keys(tables["keys"])
-    tables |= {name: tables[name][rows] for name in row_tables(reader.manifest) if name in names}
-    tables["keys"] = encode_keys([keys[row] for row in rows])
-    if config.split is not None:
-        old = reader.manifest.splits
-        renumbered = np.array([_place(name, config.split) for name in old], np.uint8)
-        tables["split"] = renumbered[tables["split"]]
+def _asked(config: CopyConfig, reader: Reader, rows: np.ndarray) -> Questions:
+    """What the source cache asks of these rows; of its splits those that are copied are left."""
+    keys = reader.keys
+    asked = of_reader(reader).rows(rows, [keys[row] for row in rows.tolist()])
+    if config.split is None:
+        return asked
+    old, new = reader.labelling.splits, tuple(config.split)
+    place = np.array([new.index(name) if name in new else -1 for name in old], np.int16)
+    return Questions(
+        keys=asked.keys,
+        labelling=dataclasses.replace(asked.labelling, splits=new),
+        tables={**asked.tables, "split": place[asked.tables["split"]]},
+    )
+
+
+def _tables(reader: Reader, asked: Questions, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The tables of the features: what the rows' slots have, and those of the whole cache."""
+    tables = {"keys": encode_keys(asked.keys)}
+    if reader.has("source_sha256"):
+        tables["source_sha256"] = reader.source_sha256[rows]
+    for stack in reader.manifest.stacks:
+        if reader.has(f"lengths/{stack.name}"):
+            tables[f"lengths/{stack.name}"] = reader.lengths(stack.name)[rows]
+    for above in ("final_norm", "ladder"):
+        found = reader.tables_below(above)
+        tables |= {f"{above}/{name}": table for name, table in found.items()}
     return tables
-
-
-def _place(name: str, names: Sequence[str]) -> int:
-    return list(names).index(name) if name in names else 0

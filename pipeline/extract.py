@@ -1,36 +1,25 @@
 """Stage one: run the frozen backbone over every image once and write all its taps to a cache.
 
-Four legs overlap: decoding (worker processes), the forward pass, the copy to the host, and writing
-(threads). What this file does not know: side networks, training.
+A cache that is there is gone on with: what is done is left alone, and `update` computes the inputs
+that are new or changed and nothing else. What this file does not know: side networks, training; how
+the bytes travel (`features/filling.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from cache import (
-    CacheError,
-    IdentityMismatch,
-    Manifest,
-    Reader,
-    Stack,
-    Target,
-    Writer,
-    encode_keys,
-)
+from cache import CacheError, Manifest, Reader, Stack, encode_keys
 from pipeline import __version__
+from pipeline.backbones.fisher import FisherImages
 from pipeline.backbones.prune import ladder_tables
 from pipeline.backbones.timm_models import Backbone, load_backbone, preprocessing_dict
 from pipeline.config import ExtractConfig
@@ -42,20 +31,22 @@ from pipeline.device import (
     precision_name,
     without_tf32,
 )
-from pipeline.errors import ImageError, SettingError
-from pipeline.features.writing import Layout, TokenBuffer, plan_layout
+from pipeline.errors import SettingError
+from pipeline.features.filling import Extracted, Filling, Skipped, fill
+from pipeline.features.job import Inputs, Updating, begin_job
+from pipeline.features.writing import plan_layout
+from pipeline.labelling.questions import of_source
 from pipeline.side.ladder import keep_layers
-from pipeline.sources.batches import ImageBatch, image_batches
 from pipeline.sources.decode import is_deep_grey
 from pipeline.sources.open import open_source
-from pipeline.sources.source import Source, TargetColumn, source_digests
-
-WRITERS = 2  # threads that write, each from a buffer of its own; one more is being filled
+from pipeline.sources.source import Source, source_digests
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ExtractionPlan:
     """Reported once, before the first image: what will be done, and where.
+
+    `pending_rows` of `rows` are to be computed.
 
     `begun_batch_size` is that with which the cache was begun, None in older caches: products of
     another batch size may differ in their last bits.
@@ -90,26 +81,9 @@ class Repeated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extracted:
-    """Reported after every batch handed to the writers."""
-
-    rows: int
-    total: int
-    bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """Reported for each unreadable image that `on_error = "skip"` left out."""
-
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExtractResult:
-    """What `extract` did. `seconds` and `images_per_second` cover this call's images alone;
+    """What `extract` did. `fingerprint` names the features, `content` their numbers, `labelling`
+    what is asked of them. `seconds` and `images_per_second` cover this call's images alone;
     `legs` is where the main thread's time went, in seconds."""
 
     rows: int
@@ -117,6 +91,7 @@ class ExtractResult:
     complete: bool
     fingerprint: str
     content: str
+    labelling: str
     seconds: float
     images_per_second: float
     extracted_rows: int
@@ -134,20 +109,72 @@ class Weighed:
     skipped: int = 0
 
 
-Report = Callable[[Plan | Hashed | Repeated | Weighed | Extracted | Skipped], None]
+Record = ExtractionPlan | Updating | Hashed | Repeated | Weighed | Extracted | Skipped
+Report = Callable[[Any], None]
 
 
 @without_tf32()
 def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractResult:
     """Write the cache that `config` describes, or finish one that was begun.
 
-    A complete cache of the same identity is left alone (`extracted_rows` is 0). Raises
-    cache.IdentityMismatch if `config.out` holds another identity, ImageError on an unreadable
-    image (unless skipped), BackboneError, SourceError, SettingError, DeviceError, and
-    cache.StorageOverflow naming tap and image if a token does not fit the storage type.
+    A complete cache of the same features and inputs is left alone (`extracted_rows` is 0). Raises
+    cache.IdentityMismatch if `config.out` holds other features, or features of other inputs (which
+    `config.update` allows for: those that are new or changed are computed, vanished ones leave the
+    labelling); cache.LabellingMismatch if the source asks other things of the same inputs;
+    ImageError on an unreadable image (unless skipped), BackboneError, SourceError, SettingError,
+    DeviceError, and cache.StorageOverflow naming tap and image if a token does not fit the storage
+    type.
     """
     device = pick_device(config.device)
     precision = pick_precision(device, config.amp)
+    inputs, backbone = _open(config, device, report)
+    layout = plan_layout(config, backbone)
+    manifest = _manifest(config, inputs, backbone, layout.stacks, layout.gather, precision)
+    manifest, tables = _with_ladder(config, manifest, inputs, backbone, report)
+    backbone.keep(layout.read)
+    with begin_job(config, manifest, tables, inputs, report) as job:
+        pending = sum(map(len, job.writer.pending))
+        report(
+            ExtractionPlan(
+                rows=len(inputs.keys),
+                pending_rows=pending,
+                bytes=job.writer.manifest.nbytes,
+                stacks=layout.stacks,
+                device=name_of(device),
+                precision=precision_name(precision),
+                begun_batch_size=job.writer.manifest.notes.get("batch_size"),
+            )
+        )
+        how = Filling(
+            backbone=backbone,
+            layout=layout,
+            precision=precision,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            on_error=config.on_error,
+        )
+        begin = time.perf_counter()
+        with memory_explained("a smaller --batch-size makes a step smaller"):
+            legs = fill(job.writer, job.slots, how, report)
+        seconds = time.perf_counter() - begin
+        job.settle()
+    with Reader(config.out) as reader:
+        return ExtractResult(
+            rows=reader.rows,
+            bytes=reader.manifest.nbytes,
+            complete=True,
+            fingerprint=reader.fingerprint,
+            content=reader.content,
+            labelling=reader.labelling_digest,
+            seconds=seconds,
+            images_per_second=pending / seconds if pending else 0.0,
+            extracted_rows=pending,
+            skipped={reader.keys[row]: why for row, why in reader.skipped.items()},
+            legs=legs,
+        )
+
+
+def _open(config: ExtractConfig, device: torch.device, report: Report) -> tuple[Inputs, Backbone]:
     source = open_source(
         config.images,
         splits=config.split,
@@ -164,7 +191,6 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
         seed=config.seed,
         preprocessing=config.preprocessing(),
     )
-    layout = plan_layout(config, backbone)
     deep: set[bool] = set()
     digests = source_digests(
         source,
@@ -174,228 +200,99 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
     )
     for repeated in _repeated(source, digests):
         report(repeated)
-    decoding = {"grey": "by depth"} if True in deep else {}
-    manifest = _manifest(config, source, backbone, layout, precision, digests, decoding)
-    tables = _tables(source, backbone, digests)
-    if config.ladder_init:
-        ladder = _ladder(config, manifest, source, backbone, report)
-        tables |= {f"ladder/{name}": table for name, table in ladder.items()}
-    backbone.keep(layout.read)
-    try:
-        writer = Writer.open(config.out, manifest, tables, overwrite=config.overwrite)
-    except IdentityMismatch as error:
-        raise _name_changed_images(error, config.out, source, digests) from None
-    with writer:
-        pending_rows = sum(len(run) for run in writer.pending)
-        report(
-            Plan(
-                rows=manifest.rows,
-                pending_rows=pending_rows,
-                bytes=manifest.nbytes,
-                stacks=layout.stacks,
-                device=name_of(device),
-                precision=precision_name(precision),
-                begun_batch_size=writer.manifest.notes.get("batch_size"),
-            )
-        )
-        begin = time.perf_counter()
-        with memory_explained("a smaller --batch-size makes a step smaller"):
-            legs = _run(config, source, backbone, layout, precision, writer, report)
-        seconds = time.perf_counter() - begin
-    with Reader(config.out) as reader:
-        return ExtractResult(
-            rows=manifest.rows,
-            bytes=manifest.nbytes,
-            complete=True,
-            fingerprint=reader.fingerprint,
-            content=reader.content,
-            seconds=seconds,
-            images_per_second=pending_rows / seconds if pending_rows else 0.0,
-            extracted_rows=pending_rows,
-            skipped={source.rows[row].key: why for row, why in reader.skipped.items()},
-            legs=legs,
-        )
+    asked = of_source(source)
+    return Inputs(source=source, digests=digests, deep=True in deep, asked=asked), backbone
 
 
-def _run(
-    config: ExtractConfig,
-    source: Source,
-    backbone: Backbone,
-    layout: Layout,
-    precision: torch.dtype,
-    writer: Writer,
-    report: Report,
-) -> dict[str, float]:
-    pending = list(writer.pending)
-    legs = {"decoding": 0.0, "forward": 0.0, "writing": 0.0}
-    if not pending:
-        return legs
-    batches = image_batches(
-        source,
-        backbone.preprocessing.transform(normalize=False),
-        backbone.preprocessing.img_size,
-        pending=pending,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        pin_memory=backbone.device.type == "cuda",
-    )
-    total = sum(len(run) for run in pending)
-    row_bytes = writer.manifest.row_nbytes
-    begin = last = time.perf_counter()
-    done = 0
-
-    def lap(leg: str) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        legs[leg] += now - last
-        last = now
-
-    free = [
-        TokenBuffer(writer.manifest, layout, config.batch_size, backbone.device)
-        for _ in range(WRITERS + 1)
-    ]
-    in_flight: deque[Future[TokenBuffer]] = deque()
-    pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="sidecache-write")
-    try:
-        for batch in batches:
-            lap("decoding")
-            if batch.failures and config.on_error == "raise":
-                raise ImageError(next(iter(batch.failures.values())))
-            for row, reason in batch.failures.items():
-                report(Skipped(key=source.rows[row].key, reason=reason))
-            if not free:
-                free.append(in_flight.popleft().result())
-            lap("writing")
-            buffer = free.pop()
-            buffer.fill(backbone, batch.images, precision)
-            lap("forward")
-            runs = _overlaps(batch, pending)
-            in_flight.append(pool.submit(_write, writer, buffer, batch, runs, source))
-            done += sum(len(run) for run in runs)
-            report(Extracted(rows=done, total=total, bytes=done * row_bytes, seconds=last - begin))
-        for future in in_flight:
-            future.result()
-        lap("writing")
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return legs
-
-
-def _write(
-    writer: Writer, buffer: TokenBuffer, batch: ImageBatch, runs: list[range], source: Source
-) -> TokenBuffer:
-    if buffer.overflowing():
-        raise buffer.overflow(batch, source)
-    for row in batch.failures:
-        for host in buffer.host.values():
-            host.tensor[row - batch.start] = 0
-    errors = {} if batch.start in batch.failures else buffer.measured()
-    for run in runs:
-        place = slice(run.start - batch.start, run.stop - batch.start)
-        arrays = {name: host.array[place] for name, host in buffer.host.items()}
-        reasons = {row: why for row, why in batch.failures.items() if row in run}
-        measured = errors if run.start == batch.start else {}
-        writer.write(run.start, arrays, reasons, measured)
-    return buffer
-
-
-def _overlaps(batch: ImageBatch, pending: Sequence[range]) -> list[range]:
-    start, stop = batch.start, batch.start + len(batch.images)
-    runs = (range(max(start, run.start), min(stop, run.stop)) for run in pending)
-    return [run for run in runs if run]
+# ---- what the cache is ---------------------------------------------------------------------------
 
 
 def _manifest(
     config: ExtractConfig,
-    source: Source,
+    inputs: Inputs,
     backbone: Backbone,
-    layout: Layout,
+    stacks: tuple[Stack, ...],
+    gather: Any,
     precision: torch.dtype,
-    digests: np.ndarray,
-    decoding: dict[str, str],
 ) -> Manifest:
-    rows = source.rows
     identity: dict[str, Any] = {
         "backbone": backbone.identity(),
         "preprocessing": preprocessing_dict(backbone.preprocessing),
-        "taps": [tap for stack in layout.stacks for tap in stack.taps],
-        "gather": asdict(layout.gather) if layout.gather else "none",
+        "taps": [tap for stack in stacks for tap in stack.taps],
+        "gather": asdict(gather) if gather else "none",
         "tokens": "all",
         "dtype": config.dtype,
         "precision": precision_name(precision),
         "views": {"count": 1, "recipe": "eval", "seed": 0},
-        "source": {
-            "files": hashlib.sha256(digests.tobytes()).hexdigest(),
-            "keys": _sha256([row.key for row in rows]),
-            **_identity_of(source.targets),
-            "splits": _sha256([row.split for row in rows]),
-        },
         "versions": {"timm": version("timm"), "torch": torch.__version__.split("+")[0]},
     }
-    if decoding:  # only where it decides a number: other caches keep their fingerprints
-        identity["decoding"] = decoding
-    if config.ladder_init:
-        identity["ladder"] = {
-            "init": config.ladder_init,
-            "reduction": config.reduction,
-            "layers": _layers(config, backbone),
-            "samples": config.fisher_samples if config.ladder_init == "fisher" else 0,
-            "seed": config.seed,
-        }
+    if inputs.deep:  # only where it decides a number: other caches keep their fingerprints
+        identity["decoding"] = {"grey": "by depth"}
     norm = backbone.final_norm
     return Manifest(
         identity=identity,
         storage=config.dtype,
-        rows=len(rows),
-        stacks=layout.stacks,
+        parts=(len(inputs.keys),),
+        stacks=stacks,
         blocks=backbone.block_descriptions,
-        targets=tuple(
-            Target(name=target.name, kind=target.kind, classes=target.classes)
-            for target in source.targets
-        ),
-        splits=tuple(source.splits),
         final_norm={"kind": norm.kind, "eps": norm.eps},
         notes={
             "created_by": f"sidecache {__version__}",
-            "source": source.description,
+            "source": inputs.source.description,
             "batch_size": config.batch_size,
         },
     )
 
 
-def _identity_of(targets: Sequence[TargetColumn]) -> dict[str, Any]:
-    """Of what is to be predicted: the class "label" alone as ever, anything else by name."""
-    if [(target.name, target.kind) for target in targets] == [("label", "class")]:
-        (label,) = targets
-        return {
-            "labels": _sha256(label.values.tolist()),
-            "classes": _sha256(list(label.classes)),
-        }
-    named = {}
-    for target in targets:
-        digest = hashlib.sha256(target.values.tobytes()).hexdigest()
-        named[target.name] = {"kind": target.kind, "labels": digest}
-        if target.classes:
-            named[target.name]["classes"] = _sha256(list(target.classes))
-    return {"targets": named}
+def _feature_tables(inputs: Inputs, backbone: Backbone) -> dict[str, np.ndarray]:
+    tables = {"keys": encode_keys(inputs.keys), "source_sha256": inputs.digests}
+    norm = backbone.final_norm
+    for name, tensor in (("weight", norm.weight), ("bias", norm.bias)):
+        if tensor is not None:
+            tables[f"final_norm/{name}"] = tensor.numpy()
+    return tables
+
+
+def _with_ladder(
+    config: ExtractConfig,
+    manifest: Manifest,
+    inputs: Inputs,
+    backbone: Backbone,
+    report: Report,
+) -> tuple[Manifest, dict[str, np.ndarray]]:
+    """The manifest and the features' tables, with LST's pruned initial weights if they are asked
+    for: those that the cache has already, or computed now."""
+    tables = _feature_tables(inputs, backbone)
+    if not config.ladder_init:
+        return manifest, tables
+    ladder = {
+        "init": config.ladder_init,
+        "reduction": config.reduction,
+        "layers": _layers(config, backbone),
+        "samples": config.fisher_samples if config.ladder_init == "fisher" else 0,
+        "seed": config.seed,
+    }
+    manifest = replace(manifest, identity={**manifest.identity, "ladder": ladder})
+    try:
+        with Reader(config.out, allow_incomplete=True) as reader:
+            if reader.fingerprint == manifest.fingerprint:
+                found = reader.tables_below("ladder")
+                return manifest, tables | {f"ladder/{name}": t for name, t in found.items()}
+    except CacheError:
+        pass  # no cache yet, or one that the writer will refuse or replace
+    made = _ladder(config, inputs.source, backbone, report)
+    return manifest, tables | {f"ladder/{name}": table for name, table in made.items()}
 
 
 def _ladder(
     config: ExtractConfig,
-    manifest: Manifest,
     source: Source,
     backbone: Backbone,
     report: Report,
 ) -> dict[str, np.ndarray]:
-    """LST's pruned initial weights: those that the cache has already, or computed now."""
+    """LST's pruned initial weights; the Fisher information is that of today's labels."""
     assert config.ladder_init is not None
-    try:
-        with Reader(config.out, allow_incomplete=True) as reader:
-            if reader.fingerprint == manifest.fingerprint:
-                return reader.tables_below("ladder")
-    except CacheError:
-        pass  # no cache yet, or one that the writer will refuse or replace
-    images = _FisherImages(config, source, backbone) if config.ladder_init == "fisher" else None
+    images = FisherImages(config, source, backbone) if config.ladder_init == "fisher" else None
     try:
         return ladder_tables(
             backbone.model,
@@ -423,83 +320,6 @@ def _layers(config: ExtractConfig, backbone: Backbone) -> tuple[int, ...]:
         raise SettingError(f"--keep-layers: {error}") from None
 
 
-class _FisherImages:
-    """What the Fisher information is summed over: (3, H, W) and its class, the same at every call.
-
-    Labelled training images in an order drawn from --seed, as many as --fisher-samples; one that
-    cannot be read is `skipped` for the next, or raised, as --on-error says.
-    """
-
-    def __init__(self, config: ExtractConfig, source: Source, backbone: Backbone) -> None:
-        self.config, self.source, self.device = config, source, backbone.device
-        self.transform = backbone.preprocessing.transform()
-        self.target = _fisher_target(source)
-        self.rows = _fisher_rows(config, source, self.target)
-        self.skipped: dict[int, str] = {}
-
-    def __call__(self) -> Iterator[tuple[Tensor, int]]:
-        left = self.config.fisher_samples
-        for row in self.rows:
-            if left == 0:
-                return
-            if row in self.skipped:
-                continue
-            try:
-                image = self.source.open(row)
-            except ImageError as error:
-                if self.config.on_error == "raise":
-                    raise
-                self.skipped[row] = str(error)
-                continue
-            left -= 1
-            yield self.transform(image).to(self.device), int(self.target.values[row])
-        if len(self.skipped) == len(self.rows):
-            raise SettingError(
-                f"expected labelled training images that can be read, came none of "
-                f"{len(self.rows)} ({self.skipped[self.rows[0]]}); --ladder-init magnitude needs "
-                "no images"
-            )
-
-
-def _fisher_target(source: Source) -> TargetColumn:
-    """The classes that the loss for the Fisher information tells apart."""
-    for target in source.targets:
-        if target.kind == "class":
-            return target
-    there = ", ".join(f"{target.name} ({target.kind})" for target in source.targets) or "nothing"
-    raise SettingError(
-        f"--ladder-init fisher: expected a target of kind class, as in a column label:NAME; there "
-        f"is {there}. --ladder-init magnitude needs none."
-    )
-
-
-def _fisher_rows(config: ExtractConfig, source: Source, target: TargetColumn) -> list[int]:
-    """Numbers of all labelled training images, in an order drawn from --seed."""
-    known = target.values >= 0
-    labelled = [i for i, row in enumerate(source.rows) if row.split == "train" and known[i]]
-    if not labelled:
-        raise SettingError(
-            f"--ladder-init fisher: expected labelled images in a split called train, found none "
-            f"(splits: {', '.join(source.splits)}). --ladder-init magnitude needs no images."
-        )
-    order = np.random.default_rng(config.seed).permutation(len(labelled))
-    return [labelled[i] for i in order]
-
-
-def _tables(source: Source, backbone: Backbone, digests: np.ndarray) -> dict[str, np.ndarray]:
-    rows, norm = source.rows, backbone.final_norm
-    tables = {
-        "keys": encode_keys([row.key for row in rows]),
-        **{f"labels/{target.name}": target.values for target in source.targets},
-        "split": np.array([source.splits.index(row.split) for row in rows], np.uint8),
-        "source_sha256": digests,
-    }
-    for name, tensor in (("weight", norm.weight), ("bias", norm.bias)):
-        if tensor is not None:
-            tables[f"final_norm/{name}"] = tensor.numpy()
-    return tables
-
-
 def _repeated(source: Source, digests: np.ndarray) -> Iterator[Repeated]:
     """Images that occur in several splits; the later split is named with the earlier."""
     heads = digests[:, :8].copy().view(np.uint64)[:, 0]
@@ -520,31 +340,3 @@ def _repeated(source: Source, digests: np.ndarray) -> Iterator[Repeated]:
         row, twin = pairs[0]
         example = (source.rows[row].key, source.rows[twin].key)
         yield Repeated(split=split, other=other, rows=len(pairs), example=example)
-
-
-def _sha256(values: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
-    ).hexdigest()
-
-
-def _name_changed_images(
-    error: IdentityMismatch, out: str, source: Source, digests: np.ndarray
-) -> IdentityMismatch:
-    """The fingerprint sees that some image changed; the cache's table says which."""
-    if all(name != "source.files" for name, _, _ in error.differences):
-        return error
-    try:
-        with Reader(out, allow_incomplete=True) as reader:
-            before = dict(zip(reader.keys, map(bytes, reader.source_sha256), strict=True))
-    except CacheError:
-        return error
-    changed = [
-        row.key
-        for row, digest in zip(source.rows, map(bytes, digests), strict=True)
-        if before.get(row.key, digest) != digest
-    ]
-    if not changed:
-        return error
-    shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-    return IdentityMismatch(f"{error}\n  changed since: {shown}", error.differences)

@@ -35,7 +35,7 @@ from pipeline.features.labelled import (
 from pipeline.features.operands import Batches
 from pipeline.records import PassStarted, TrainRecord, TrainResult
 from pipeline.runs.run import CARD_VERSION, Run, environment
-from pipeline.side import SideNetwork
+from pipeline.side.contract import SideNetwork
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.cost import Cost
 from pipeline.training.history import History, summary_row
@@ -150,6 +150,7 @@ def _facts(reader: Reader, device: torch.device, dtype: torch.dtype) -> dict[str
     return {
         **environment(),
         "fingerprint": reader.fingerprint,
+        "labelling": reader.labelling_digest,
         "device": name_of(device),
         "precision": precision_name(dtype),
         "tf32": False,  # see `without_tf32`
@@ -172,7 +173,7 @@ def _card(reader: Reader) -> dict[str, Any]:
 
 def _cost_of_cache(reader: Reader) -> dict[str, Any]:
     """A copied cache does not know how long its extraction took."""
-    copied = "copied" in reader.manifest.identity
+    copied = "copied_from" in reader.manifest.notes
     return {
         "cache_bytes": reader.manifest.nbytes,
         "extraction_seconds": None if copied else reader.seconds,

@@ -345,7 +345,10 @@ def test_config_file_fills_defaults_and_flags_win(zarr_cache: Path, tmp_path: Pa
     assert {m["settings"]["epochs"] for m in found["members"]} == {2}
     file.write_text("learning: 3\n")
     result = run("train", zarr_cache, "--config", file, "--method", "last", "--out", out)
-    assert result.exit_code == 2 and "unknown key learning" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "unknown key learning; known are cache, method, out" in result.stderr
+    )
 
 
 UNINSTALLED = """

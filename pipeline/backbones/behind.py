@@ -6,9 +6,10 @@ from: its weights' digest is checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,35 @@ class LiveMember:
         return network(network.operands(features, self.member_precision))[0].float()
 
 
+def backbone_of(
+    made_with: Mapping[str, Any],
+    *,
+    device: torch.device,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
+) -> Backbone:
+    """The backbone that a member's card or a cache's identity speaks of; see `load_backbone`.
+
+    Raises BackboneError if its weights are other ones.
+    """
+    name, wanted = made_with["backbone"]["name"], made_with["backbone"]["weights_sha256"]
+    backbone = load_backbone(
+        name,
+        device=device,
+        weights=weights,
+        pretrained=pretrained,
+        seed=seed,
+        preprocessing=vars(Preprocessing.from_dict(made_with["preprocessing"])),
+    )
+    if backbone.weights_sha256 != wanted:
+        raise BackboneError(
+            f"{name}: expected weights with digest {wanted[:12]}, which the features were computed "
+            f"with, came {backbone.weights_sha256[:12]}. Give the same file with --weights."
+        )
+    return backbone
+
+
 def go_live(
     member: TrainedMember, *, weights: str | Path | None, device: torch.device, amp: bool | None
 ) -> LiveMember:
@@ -68,14 +98,7 @@ def go_live(
     member's outputs in the one that it learned in.
     """
     card = member.card
-    wanted, name = card["backbone"]["weights_sha256"], card["backbone"]["name"]
-    preprocessing = vars(Preprocessing.from_dict(card["preprocessing"]))
-    backbone = load_backbone(name, device=device, weights=weights, preprocessing=preprocessing)
-    if backbone.weights_sha256 != wanted:
-        raise BackboneError(
-            f"{name}: expected weights with digest {wanted[:12]}, which the member learned from, "
-            f"came {backbone.weights_sha256[:12]}. Give the same file with --weights."
-        )
+    backbone = backbone_of(card, device=device, weights=weights)
     backbone.keep(member.network.sources(tuple(backbone.taps)))
     asked = None if amp is None else pick_precision(device, amp)
     return LiveMember(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pipeline.backbones.blocks import describe
 from pipeline.backbones.weights import read_weights
 from pipeline.errors import BackboneError, SettingError, gist
-from pipeline.side import TokenShape
+from pipeline.side.contract import TokenShape
 from pipeline.side.tap import Tap, tap_depths, tap_names
 
 STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules

@@ -14,7 +14,7 @@ from torch import Tensor
 from cache import Reader, Target
 from pipeline.errors import SettingError
 from pipeline.features.taps import choose_taps
-from pipeline.side import FeatureSpec, TokenShape
+from pipeline.side.contract import FeatureSpec, TokenShape
 from pipeline.tasks.metrics import Task
 
 
@@ -42,12 +42,12 @@ def labelled_rows(reader: Reader, splits: Sequence[str], tasks: Sequence[str]) -
     if not splits:
         return LabelledRows(np.empty(0, np.int64), {})
     found = reader.split_rows(*splits)
-    tables = {target.name: reader.labels(target.name)[found] for target in reader.manifest.targets}
+    tables = {target.name: reader.labels(target.name)[found] for target in reader.labelling.targets}
     known = {
         target.name: Task(name=target.name, kind=target.kind)
         .known(torch.from_numpy(tables[target.name]))
         .numpy()
-        for target in reader.manifest.targets
+        for target in reader.labelling.targets
     }
     named = " + ".join(splits)
     if len(found) == 0:

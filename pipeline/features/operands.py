@@ -22,7 +22,7 @@ from torch import Tensor
 from cache import Reader
 from pipeline.features.labelled import LabelledRows
 from pipeline.features.reading import StoredTokens
-from pipeline.side import Operands, SideNetwork
+from pipeline.side.contract import Operands, SideNetwork
 
 _CHUNK_BYTES = 8 * 2**20  # of features, turned into operands at a time: stays in the cache
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +30,9 @@ from pipeline.features.casting import (
     total_error,
 )
 from pipeline.features.taps import choose_gather, parse_taps
-from pipeline.side import TokenShape
+from pipeline.side.contract import TokenShape
 from pipeline.side.gather import Gather, pool_both
 from pipeline.sources.batches import ImageBatch
-from pipeline.sources.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,17 @@ def plan_layout(config: ExtractConfig, backbone: Backbone) -> Layout:
         if taps := tuple(tap for tap in run if tap in read):
             stacks.append(Stack(name=name, taps=taps, **vars(shapes[taps[0]])))
     return Layout(read=read, stacks=tuple(stacks))
+
+
+def layout_of(manifest: Manifest) -> Layout:
+    """The layout by which a cache was extracted."""
+    found = manifest.identity["gather"]
+    if found == "none":
+        read = tuple(tap for stack in manifest.stacks for tap in stack.taps)
+        return Layout(read=read, stacks=manifest.stacks)
+    gather = Gather(**found)
+    read = tuple(dict.fromkeys(tap for taps in gather.sums.values() for tap in taps))
+    return Layout(read=read, stacks=manifest.stacks, gather=gather)
 
 
 class TokenBuffer:
@@ -171,7 +182,7 @@ class TokenBuffer:
             return {}
         return {stack: total_error(told[:, 2:]) for stack, told in self.told.items()}
 
-    def overflow(self, batch: ImageBatch, source: Source) -> StorageOverflow:
+    def overflow(self, batch: ImageBatch, keys: Sequence[str]) -> StorageOverflow:
         """The error that names the first tap and image that do not fit."""
         for stack in self.layout.stacks:
             for position, tap in enumerate(stack.taps):
@@ -181,7 +192,7 @@ class TokenBuffer:
                 part = self.host[stack.name].tensor[: len(batch.images), 0, position]
                 fits = restore(part, stack.dim).isfinite().flatten(1).all(dim=1)
                 row = int((~fits).nonzero()[0])
-                key = source.rows[batch.start + row].key
+                key = keys[batch.start + row]
                 least, greatest = extremes.tolist()
                 return overflow_error(tap, key, least, greatest, self.storage)
         raise AssertionError("nothing overflows")

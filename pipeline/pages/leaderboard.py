@@ -151,8 +151,8 @@ def comparable(loaded: Sequence[Loaded]) -> list[list[Trained]]:
     """Members in groups that may be ranked together: one task on the same images and splits."""
     groups: dict[str, list[Trained]] = {}
     for one in loaded:
-        source = one.reader.manifest.identity.get("source") if one.reader else None
-        same = source or one.environment.get("fingerprint")
+        now = one.reader.labelling_digest if one.reader else None
+        same = one.environment.get("labelling") or now or one.environment.get("fingerprint")
         for trained in one.members:
             same_task = [same, one.config.val_split, *_identity(trained.task)]
             key = json.dumps(same_task, sort_keys=True, allow_nan=False)

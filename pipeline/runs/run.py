@@ -47,7 +47,8 @@ from pipeline.runs.folder import (
     sync_file,
     whole_file,
 )
-from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
+from pipeline.side import METHODS
+from pipeline.side.contract import FeatureSpec, SideNetwork, TokenShape
 from pipeline.tasks.metrics import SCORES, Task
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.side.settings import Settings
 from pipeline.side.tap import listed, tap_depths
 
 Operands = dict[str, Tensor]
@@ -73,25 +74,6 @@ class FeatureSpec:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The settings that decide a network's shape; members that share them train together.
-
-    Raises ValueError on an impossible value when it is made.
-    """
-
-    POOLS: ClassVar[tuple[str, ...]] = ("mean", "cls")
-
-    def idle(self) -> dict[str, str]:
-        """Settings that decide nothing beside the others, and why."""
-        return {}
-
-    def require(self, condition: bool, name: str, expected: str) -> None:
-        """Refuse a value: `name` is the setting, `expected` what would be right."""
-        if not condition:
-            raise ValueError(f"{name} = {getattr(self, name)!r}: expected {expected}")
-
-
 class SideNetwork(nn.Module):
     """K side networks of one shape.
 
@@ -103,8 +85,6 @@ class SideNetwork(nn.Module):
 
     method: ClassVar[str]
     settings_class: ClassVar[type[Settings]]
-    recipe: ClassVar[dict[str, Any]] = {}  # learning settings that suit the method; ours
-    drops: ClassVar[bool] = False  # whether it has residual branches (`drop_sites`)
     together_on_cpu: ClassVar[int] = 2  # members; more cohorts than cores keep all cores busy
     reads: tuple[str, ...]
 

@@ -43,13 +43,13 @@ from torch.nn import functional
 from pipeline.side.contract import (
     FeatureSpec,
     Operands,
-    Settings,
     SideNetwork,
     find_taps,
     zero_parameter,
 )
 from pipeline.side.ladder_blocks import KINDS, Block, Linear, Norm, SideBlock
 from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens
+from pipeline.side.settings import Settings, setting
 from pipeline.side.tap import grammatical, select, tap_depths, tap_names
 
 
@@ -61,18 +61,22 @@ class LSTSettings(Settings):
     0 as in the paper's code, `1,2,3,5`. `init` is `random`, or `pruned` from the cache's tables.
     """
 
-    reduction: int = 8
-    keep_layers: str = "all"
-    temperature: float = 0.1
-    init: str = "random"
-    pool: str = "mean"
+    reduction: int = setting(8, help="r, by which widths are divided")
+    keep_layers: str = setting(
+        "all", help="all, every:2, last:3 or 1,2,3; several: spaces", commas=True, reads=True
+    )
+    temperature: float = setting(0.1, help="of the gates")
+    init: str = setting("random", choices=("random", "pruned"), help="random or pruned")
+    pool: str = setting("mean", choices=Settings.POOLS, help="mean (patch tokens) or cls")
+
+    recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
+    drops = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(self.reduction >= 1, "reduction", "1 or more")
         self.require(grammatical(self.keep_layers), "keep_layers", KEEP_LAYERS)
         self.require(self.temperature > 0, "temperature", "more than 0")
-        self.require(self.init in ("random", "pruned"), "init", "random or pruned")
-        self.require(self.pool in self.POOLS, "pool", " or ".join(self.POOLS))
 
 
 KEEP_LAYERS = "all, every:2, last:3, or layer numbers from 0 such as 1,2,3,5"
@@ -93,8 +97,6 @@ class LST(SideNetwork):
 
     method = "lst"
     settings_class = LSTSettings
-    drops = True
-    recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
 
     def __init__(self, spec: FeatureSpec, settings: LSTSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)

@@ -34,7 +34,8 @@ from pipeline.side.contract import (
     find_taps,
 )
 from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens, wide
-from pipeline.side.lsa import LSAChain, LSASettings, centred
+from pipeline.side.lsa import LSAChain, centred
+from pipeline.side.settings import LSASettings, setting
 from pipeline.side.tap import tap_depths, tap_names
 
 
@@ -42,8 +43,8 @@ from pipeline.side.tap import tap_depths, tap_names
 class LASTSettings(LSASettings):
     """Shape of a LAST network: `rank` R, `gap` g, `depth` S, attention `heads`, `pool`."""
 
-    gap: int = 1
-    depth: int = 1
+    gap: int = setting(1, help="blocks per group", reads=True)
+    depth: int = setting(1, help="modules per group")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +57,6 @@ class LAST(SideNetwork):
 
     method = "last"
     settings_class = LASTSettings
-    drops = True
 
     def __init__(self, spec: FeatureSpec, settings: LASTSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)

@@ -5,14 +5,15 @@ device, where they are normalised.
 
 Batches are a fixed partition of the rows (batch b holds rows b*size … (b+1)*size - 1), whatever is
 still to be done: a resumed extraction therefore multiplies the same matrices as an uninterrupted
-one and gives the same bits.
+one and gives the same bits. Where rows were added later, the partition begins anew.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -20,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.errors import ImageError
-from pipeline.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,21 @@ class ImageBatch:
         return ImageBatch(self.start, self.images.pin_memory(), self.failures)
 
 
+class Images(Protocol):
+    """Images by number: a source, or what stands in its place."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int, /) -> Image.Image:
+        """One image, RGB. Raises ImageError."""
+
+
 class _Rows(Dataset[tuple[int, Tensor | ImageError]]):
-    def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, source: Images, transform: Callable[[Image.Image], Tensor]) -> None:
         self.source, self.transform = source, transform
 
     def __len__(self) -> int:
-        return len(self.source.rows)
+        return len(self.source)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | ImageError]:
         try:
@@ -63,23 +72,26 @@ class _Collate:
 
 
 def image_batches(
-    source: Source,
+    source: Images,
     transform: Callable[[Image.Image], Tensor],
     size: tuple[int, int],
     *,
     pending: Sequence[range],
     batch_size: int,
+    starts: Sequence[int] = (0,),
     workers: int,
     pin_memory: bool = False,
 ) -> Iterator[ImageBatch]:
     """Every batch that holds a pending row, in order of rows; `transform` makes pixels, `size` is
-    (H, W)."""
-    rows = len(source.rows)
-    touched = {row // batch_size for run in pending for row in run}
-    batches = [
-        list(range(batch * batch_size, min((batch + 1) * batch_size, rows)))
-        for batch in sorted(touched)
+    (H, W). The partition begins anew at each of `starts`."""
+    bounds = [*starts, len(source)]
+    partition = [
+        range(first, min(first + batch_size, end))
+        for start, end in itertools.pairwise(bounds)
+        for first in range(start, end, batch_size)
     ]
+    wanted = {row for run in pending for row in run}
+    batches = [list(batch) for batch in partition if not wanted.isdisjoint(batch)]
     loader = DataLoader(
         _Rows(source, transform),
         batch_sampler=batches,

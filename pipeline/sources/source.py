@@ -84,6 +84,9 @@ class Source(ABC):
                 raise SourceError(f"{self.description}: the name {row.key!r} is not UTF-8")
             seen.add(row.key)
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     @cached_property
     def splits(self) -> tuple[str, ...]:
         """In order of appearance, but train, val and test first."""

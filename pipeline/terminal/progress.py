@@ -23,7 +23,7 @@ from pipeline.terminal.tables import clock_text, counted, score_text, size_text
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractConfig
-    from pipeline.extract import Plan
+    from pipeline.extract import ExtractionPlan
 
 Report = Callable[[Any], None]
 
@@ -86,7 +86,9 @@ class Progress:
 
 def extracting(progress: Progress, config: ExtractConfig) -> Report:
     """Shows the records of `extract`."""
-    from pipeline.extract import Extracted, Hashed, Plan, Repeated, Skipped, Weighed
+    from pipeline.extract import ExtractionPlan, Hashed, Repeated, Weighed
+    from pipeline.features.filling import Extracted, Skipped
+    from pipeline.features.job import Updating
 
     def report(record: Any) -> None:
         match record:
@@ -98,7 +100,10 @@ def extracting(progress: Progress, config: ExtractConfig) -> Report:
             case Repeated(split=split, other=other, rows=rows, example=(key, twin)):
                 images = f"{counted(rows, f'{split} image')} {'is' if rows == 1 else 'are'}"
                 progress.note(f"{images} also in {other} (e.g. {key} = {twin})")
-            case Plan():
+            case Updating(new=new, changed=changed, vanished=vanished):
+                told = f"{new:,} new, {changed:,} changed, {vanished:,} vanished"
+                progress.note(f"{told}; nothing else is computed or moved")
+            case ExtractionPlan():
                 if record.pending_rows:
                     progress.note(_plan_line(record, config))
                     if record.begun_batch_size not in (None, config.batch_size):
@@ -112,7 +117,7 @@ def extracting(progress: Progress, config: ExtractConfig) -> Report:
     return report
 
 
-def _plan_line(plan: Plan, config: ExtractConfig) -> str:
+def _plan_line(plan: ExtractionPlan, config: ExtractConfig) -> str:
     resumed = plan.rows - plan.pending_rows
     images = f"{plan.pending_rows:,} images"
     already = f" ({resumed:,} of {plan.rows:,} rows already there)" if resumed else ""
@@ -123,7 +128,7 @@ def _plan_line(plan: Plan, config: ExtractConfig) -> str:
     )
 
 
-def _batch_line(plan: Plan, config: ExtractConfig) -> str:
+def _batch_line(plan: ExtractionPlan, config: ExtractConfig) -> str:
     return (
         f"begun with -b {plan.begun_batch_size}: with -b {config.batch_size}, the rest may differ "
         f"from it in the last bits"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from pipeline.demo.tour import Result
     from pipeline.evaluate import Evaluation
     from pipeline.extract import ExtractResult
+    from pipeline.label import LabelResult
     from pipeline.predict import Prediction
     from pipeline.records import MemberResult, SweepResult, TrainResult, TrialDone
+    from pipeline.repair import RepairResult
     from pipeline.report import Written
 
 ALONE = ("rank", "gap", "depth", "pool", "lr", "epochs", "seed")  # shown of a single member
@@ -55,7 +58,7 @@ def show_extract(config: ExtractConfig, result: ExtractResult) -> None:
 
 
 def extract_json(result: ExtractResult) -> dict[str, Any]:
-    keys = ("rows", "bytes", "complete", "fingerprint", "content")
+    keys = ("rows", "bytes", "complete", "fingerprint", "content", "labelling")
     extra = ("seconds", "images_per_second", "extracted_rows", "skipped", "legs")
     return {key: getattr(result, key) for key in (*keys, *extra)}
 
@@ -68,7 +71,8 @@ def show_inspect(cache: str, found: Inspection) -> None:
             "rows",
             f"{found.rows:,} x {found.views} view, {size_text(found.bytes)} of {found.storage}",
         ),
-        ("bytes a row", f"{found.bytes / max(found.rows, 1):,.0f}"),
+        ("bytes a row", f"{found.bytes / max(found.slots, 1):,.0f}"),
+        *_left_behind(found),
         *_stacks(found),
         ("splits", ", ".join(f"{k} {v:,}" for k, v in found.splits.items())),
         *(
@@ -76,13 +80,25 @@ def show_inspect(cache: str, found: Inspection) -> None:
             for name in found.targets
         ),
     ]
+    if found.folds:
+        lines.append(("folds", ", ".join(f"{rows:,}" for rows in found.folds)))
+    lines += [(f"group {name}", f"{count:,} groups") for name, count in found.groups.items()]
     if found.seconds is not None:
-        made = "copying" if "copied" in found.identity else "extraction"
+        made = "copying" if "copied_from" in found.notes else "extraction"
         lines.append((made, f"{found.seconds:,.{0 if found.seconds >= 10 else 2}f} s"))
     lines += [(f"skipped row {row}", reason) for row, reason in found.skipped.items()]
     lines += list(_flatten(found.identity))
     lines += [("fingerprint", found.fingerprint), ("content", found.content or "(incomplete)")]
+    lines += [("labelling", found.labelling), ("format version", str(found.format_version))]
     print_pairs(lines)
+
+
+def _left_behind(found: Inspection) -> Iterator[tuple[str, str]]:
+    """What updates have left, or not done yet."""
+    if found.slots_pending and found.complete:
+        yield "update", f"UNFINISHED: {found.slots_pending:,} rows to do; the same --update goes on"
+    elif found.slots > found.rows:
+        yield "left behind", f"{found.slots - found.rows:,} rows of updates; `copy` leaves them out"
 
 
 def _stacks(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -114,16 +130,47 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield prefix + name, str(value)
 
 
-def show_verify(cache: str, result: Verification) -> None:
+def show_verify(cache: str, result: Verification, repaired: RepairResult | None = None) -> None:
+    if repaired is not None:
+        told = f"{cache}: {counted(repaired.rows, 'row')} computed again"
+        others = f"; other last bits than before: {', '.join(repaired.differing)}"
+        click.echo(told + (others if repaired.differing else ""))
     for damage in result.damaged:
         click.echo(str(damage))
     verdict = "no damage" if result.ok else f"{len(result.damaged)} damaged"
     click.echo(f"{cache}: {result.rows:,} rows, {size_text(result.bytes)} read, {verdict}")
 
 
-def verify_json(result: Verification) -> dict[str, Any]:
+def verify_json(result: Verification, repaired: RepairResult | None = None) -> dict[str, Any]:
     damaged = [{**vars(d), "file": str(d.file)} for d in result.damaged]
-    return {"ok": result.ok, "rows": result.rows, "bytes": result.bytes, "damaged": damaged}
+    found = {"ok": result.ok, "rows": result.rows, "bytes": result.bytes, "damaged": damaged}
+    return found if repaired is None else {**found, "repaired": vars(repaired)}
+
+
+def show_label(result: LabelResult) -> None:
+    if not result.changed:
+        click.echo(f"{result.cache}: all of it is so already, nothing to do")
+        return
+    parts = [f"targets {', '.join(result.targets) or 'none'}"]
+    parts += [f"splits {', '.join(result.splits)}"] if result.splits else []
+    parts += [f"groups {', '.join(result.groups)}"] if result.groups else []
+    parts += [f"folds of {', '.join(map(str, result.folds))} rows"] if result.folds else []
+    click.echo(f"{result.cache}: {result.rows:,} rows; {'; '.join(parts)}")
+    if result.unlisted:
+        click.echo(
+            f"{counted(result.unlisted, 'row')} of the cache not in the list: no label, and no "
+            "split if it says splits",
+            err=True,
+        )
+
+
+def print_labelling(columns: Mapping[str, Sequence[str]]) -> None:
+    """The labelling as CSV on stdout, a line a row."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    click.echo(text.getvalue(), nl=False)
 
 
 def show_copy(config: CopyConfig, result: CopyResult) -> None:

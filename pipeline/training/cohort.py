@@ -21,7 +21,9 @@ from pipeline.config import Member
 from pipeline.errors import MissingTaps, SettingError
 from pipeline.features.operands import Batch
 from pipeline.process import undisturbed
-from pipeline.side import METHODS, FeatureSpec, Settings, SideNetwork
+from pipeline.side import METHODS
+from pipeline.side.contract import FeatureSpec, SideNetwork
+from pipeline.side.settings import Settings
 from pipeline.tasks.metrics import Task
 from pipeline.training.drop_path import DropPath
 from pipeline.training.members import method_settings

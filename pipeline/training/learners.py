@@ -17,7 +17,7 @@ from pipeline.config import Member, TrainConfig
 from pipeline.features.operands import Batches
 from pipeline.features.residence import choose_resident
 from pipeline.records import Loading
-from pipeline.side import FeatureSpec, SideNetwork
+from pipeline.side.contract import FeatureSpec, SideNetwork
 from pipeline.tasks.metrics import Task
 from pipeline.training.cohort import Cohort, make_cohorts
 from pipeline.training.scoring import EVAL_BATCH

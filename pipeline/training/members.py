@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline.config import Member, cross, fitting_warmup
 from pipeline.errors import SettingError
-from pipeline.side import ALIASES, METHODS, Settings
+from pipeline.side import ALIASES, METHODS
+from pipeline.side.settings import Settings
 
 LEARNING = frozenset(Member.__dataclass_fields__) - {"method", "settings"}  # every method's
 
@@ -54,7 +55,7 @@ def make_member(method: str, chosen: Mapping[str, Any]) -> Member:
 
 
 def _with_recipe(method: str, chosen: Mapping[str, Any]) -> Member:
-    values = {**METHODS[method].recipe, **chosen}
+    values = {**METHODS[method].settings_class.recipe, **chosen}
     if "warmup_epochs" not in chosen:
         usual = values.get("warmup_epochs", fitting_warmup(Member.epochs))
         values["warmup_epochs"] = fitting_warmup(values.get("epochs", Member.epochs), usual)
@@ -66,7 +67,7 @@ def _plain(member: Member) -> tuple[Member, dict[str, str]]:
     """The member with what decides nothing for it at its default; what that changes, and why."""
     settings = method_settings(member)
     reasons = settings.idle()
-    if not METHODS[member.method].drops:
+    if not settings.drops:
         reasons["drop_path"] = f"{member.method} has no residual branch to drop"
     if not member.warmup_epochs:
         reasons["warmup_lr"] = "there is no warm-up"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.features.operands import Batch, Batches
-from pipeline.side import SideNetwork
+from pipeline.side.contract import SideNetwork
 from pipeline.tasks.metrics import Scores, Task
 from pipeline.training.workers import Workers
 

@@ -1,4 +1,4 @@
-"""One small cache with everything in it, written to either backend."""
+"""One small cache with everything in it, written to either container."""
 
 import dataclasses
 import os
@@ -9,21 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import Manifest, Stack, Target, Writer, encode, encode_keys
+from cache import Labelling, Manifest, Stack, Target, Writer, encode, encode_keys
+from cache.containers.document import below
+from cache.labelling import FIRST
 
-BACKENDS = ("zarr", "h5")
+CONTAINERS = ("zarr", "h5")
 
 
 @dataclass
 class Sample:
-    """A manifest, its tables, and the reference values of its stacks in the storage dtype."""
+    """A manifest, a labelling, their tables, and the values of the stacks in the storage dtype."""
 
     manifest: Manifest
+    labelling: Labelling
     tables: dict[str, np.ndarray]
     values: dict[str, np.ndarray]
 
     def with_manifest(self, **changes: object) -> "Sample":
         return dataclasses.replace(self, manifest=dataclasses.replace(self.manifest, **changes))
+
+    def with_labelling(self, **changes: object) -> "Sample":
+        return dataclasses.replace(self, labelling=dataclasses.replace(self.labelling, **changes))
 
     def rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
         return {name: values[start:stop] for name, values in self.values.items()}
@@ -32,29 +38,41 @@ class Sample:
         for rows in writer.pending if shards is None else shards:
             writer.write(rows.start, self.rows(rows.start, rows.stop))
 
+    @property
+    def stored(self) -> dict[str, np.ndarray]:
+        """The tables by the names under which a new cache keeps them."""
+        of_labelling = {*self.labelling.tables, *(f"groups/{g}" for g in self.labelling.groups)}
+        return {
+            below(FIRST, name) if name in of_labelling else name: table
+            for name, table in self.tables.items()
+        }
+
     def write(self, location: Path, **options: object) -> Path:
-        with Writer.open(location, self.manifest, self.tables, **options) as writer:
+        with Writer(location, self.manifest, self.labelling, self.tables, **options) as writer:
             self.fill(writer)
         return location
 
 
-def make_sample(storage: str = "float16", rows: int = 10, rows_per_shard: int = 4) -> Sample:
+def make_sample(storage: str = "float16", rows: int = 10, slots_per_shard: int = 4) -> Sample:
     stacks = (
         Stack(name="tokens", taps=("z0", "z1", "z2"), tokens=5, prefix_tokens=1, dim=4),
         Stack(name="late", taps=("z3",), tokens=2, prefix_tokens=0, dim=6),
     )
     manifest = Manifest(
-        identity={"backbone": {"name": "vit_tiny", "weights": "ab"}, "source": "cd", "seed": 0},
+        identity={"backbone": {"name": "vit_tiny", "weights": "ab"}, "seed": 0},
         storage=storage,
-        rows=rows,
+        parts=(rows,),
         views=2,
-        rows_per_shard=rows_per_shard,
+        slots_per_shard=slots_per_shard,
         stacks=stacks,
-        targets=(Target(name="label", classes=("cat", "dog", "eel")),),
-        splits=("train", "val"),
         final_norm={"kind": "layer", "eps": 1e-6},
         blocks=({"kind": "vit", "heads": 3}, {"kind": "conv"}),
         notes={"created_by": "test"},
+    )
+    labelling = Labelling(
+        rows=rows,
+        targets=(Target(name="label", classes=("cat", "dog", "eel")),),
+        splits=("train", "val"),
     )
     random = np.random.default_rng(0)
     tables = {
@@ -71,7 +89,7 @@ def make_sample(storage: str = "float16", rows: int = 10, rows_per_shard: int = 
         stack.name: encode(random.normal(size=(rows, 2, *stack.shape)).astype(np.float32), storage)
         for stack in stacks
     }
-    return Sample(manifest, tables, values)
+    return Sample(manifest, labelling, tables, values)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +108,7 @@ def samples() -> Callable[..., Sample]:
     return make_sample
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=CONTAINERS)
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Where a cache may be made, once per backend."""
+    """Where a cache may be made, once per container."""
     return tmp_path / f"sample.{request.param}"

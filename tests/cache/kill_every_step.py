@@ -6,21 +6,20 @@ end; the result is compared with the reference, byte for byte. Stops when a chil
 """
 
 import itertools
-import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path.cwd() / "tests"))
 sys.path.insert(0, str(Path.cwd()))
 
 import h5py  # noqa: F401  (once here, not in every child)
 import numpy as np
 import zarr  # noqa: F401
+from kill_steps import in_child, kill_at
 
-from cache import Manifest, Reader, Stack, Writer, encode_keys, verify
+from cache import Labelling, Manifest, Reader, Stack, Writer, encode_keys, verify
 from cache.ledger import Record
 
 ROWS = 3
@@ -29,43 +28,22 @@ STACKS = (
     Stack(name="late", taps=("z2",), tokens=2, prefix_tokens=0, dim=4),
 )
 MANIFEST = Manifest(
-    identity={"a": 1}, storage="float16", rows=ROWS, rows_per_shard=2, stacks=STACKS
+    identity={"a": 1}, storage="float16", parts=(ROWS,), slots_per_shard=2, stacks=STACKS
 )
 TABLES = {"keys": encode_keys([str(row) for row in range(ROWS)])}
 VALUES = {
     stack.name: np.random.default_rng(0).normal(size=(ROWS, 1, *stack.shape)).astype(np.float16)
     for stack in STACKS
 }
-STEPS = ("pwrite", "ftruncate", "rename", "replace", "link", "unlink", "mkdir")
 
 
 def write(location: Path) -> None:
-    with Writer(location, MANIFEST, TABLES) as writer:
+    with Writer(location, MANIFEST, Labelling(rows=ROWS), TABLES) as writer:
         for rows in writer.pending:
             for row in reversed(rows):
                 arrays = {name: values[row : row + 1] for name, values in VALUES.items()}
                 errors = {"tokens": (float(row), 4.0, row / 2)}
                 writer.write(row, arrays, {row: "bad"} if row == 1 else {}, errors)
-
-
-def kill_at(step: int) -> None:
-    """From now on, the process dies at its `step`-th change of the disk."""
-    count = itertools.count(1)
-
-    def counted(name: str, call: Callable) -> Callable:
-        def wrapper(*args: object, **options: object) -> object:
-            if next(count) == step:
-                if name == "pwrite":
-                    fd, data, offset = args
-                    call(fd, data[: len(data) // 2], offset)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **options)
-
-        return wrapper
-
-    os.fsync = lambda fd: None  # changes nothing that a killed process leaves behind
-    for name in STEPS:
-        setattr(os, name, counted(name, getattr(os, name)))
 
 
 def publish_records_first() -> None:
@@ -74,27 +52,11 @@ def publish_records_first() -> None:
 
     def hasty(self: Writer, index: int, rows: range) -> object:
         digests = {stack.name: ["0" * 32] * len(rows) for stack in STACKS}
-        record = Record(shard=index, rows=(rows.start, rows.stop), digests=digests, skipped={})
-        self._backend.write_record(index, record.to_bytes(self._backend.record_bytes))
+        record = Record(shard=index, slots=(rows.start, rows.stop), digests=digests, skipped={})
+        self._container.write_record(index, record.to_bytes(self._container.record_bytes(index)))
         return begin(self, index, rows)
 
     Writer._begin = hasty
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run in a fork; the signal that ended it, or 0. Any other failure ends this process."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            sys.stderr.write(f"{error!r}\n")
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        sys.exit(1)
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
 def check(location: Path, step: int) -> None:

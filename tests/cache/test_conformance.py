@@ -1,4 +1,4 @@
-"""What every backend must do. The numbers are compared through raw zarr and h5py as well, which
+"""What every container must do. The numbers are compared through raw zarr and h5py as well, which
 see the files without the code under test."""
 
 import dataclasses
@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import Reader, Target, Writer, decode, files, inspect, verify
-from cache import writer as writer_module
+from cache import Reader, Target, Writer, decode, files, inspect, planning, verify
 from cache.ledger import Record
-from cache.location import lock, open_backend
+from cache.location import lock, open_container
 
 
 def raw(location: Path, name: str) -> np.ndarray:
@@ -56,12 +55,12 @@ def test_plain_libraries_read_the_same(location, samples, storage):
         stored = raw(location, f"stacks/{name}")
         assert stored.dtype == values.dtype
         np.testing.assert_array_equal(stored, values)
-    for name, table in sample.tables.items():
+    for name, table in sample.stored.items():
         np.testing.assert_array_equal(raw(location, name), table)
     shards, record_bytes = raw(location, "ledger").shape
     assert shards == 3
     for shard in range(shards):
-        record = open_backend(location).record(shard)
+        record = open_container(location).record(shard)
         assert raw(location, "ledger")[shard].tobytes() == record
         assert len(record) == record_bytes
 
@@ -78,7 +77,7 @@ def test_int8_decodes_with_two_lines_of_numpy(location, samples):
 
 def test_int8_skips_and_resumes(location, samples):
     sample = samples("int8")
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.write(4, sample.rows(4, 8), {5: "truncated image"})
     sample.write(location)
     with Reader(location) as reader:
@@ -130,7 +129,7 @@ def test_metadata_tables_and_splits(location, sample):
 def several_targets(sample, rows=10):
     """The sample with a target of each kind beside its own; row 1 has no label for any of them."""
     targets = (
-        *sample.manifest.targets,
+        *sample.labelling.targets,
         Target(name="marks", kind="multilabel", classes=("tail", "ears")),
         Target(name="age", kind="regression"),
     )
@@ -139,22 +138,22 @@ def several_targets(sample, rows=10):
     labels = sample.tables["labels/label"].copy()
     labels[1], marks[1], ages[1] = -1, -1, np.nan
     sample.tables |= {"labels/label": labels, "labels/marks": marks, "labels/age": ages}
-    return sample.with_manifest(targets=targets)
+    return sample.with_labelling(targets=targets)
 
 
 def test_targets_of_every_kind(location, sample):
     sample = several_targets(sample)
     sample.write(location)
     with Reader(location) as reader:
-        assert [target.name for target in reader.manifest.targets] == ["label", "marks", "age"]
+        assert [target.name for target in reader.labelling.targets] == ["label", "marks", "age"]
         for name in ("label", "marks", "age"):
             table = sample.tables[f"labels/{name}"]
             assert reader.labels(name).dtype == table.dtype
             np.testing.assert_array_equal(reader.labels(name), table)
-            np.testing.assert_array_equal(raw(location, f"labels/{name}"), table)
+            np.testing.assert_array_equal(raw(location, f"labellings/0/labels/{name}"), table)
             assert reader.target(name).name == name
         np.testing.assert_array_equal(reader.labels(), reader.labels("label"))
-        assert reader.target() == sample.manifest.targets[0]
+        assert reader.target() == sample.labelling.targets[0]
         with pytest.raises(KeyError, match=r"no target 'sex'.*it holds label, marks, age"):
             reader.labels("sex")
     found = inspect(location)
@@ -167,22 +166,25 @@ def test_targets_of_every_kind(location, sample):
     assert verify(location).ok
 
 
-def test_other_labels_are_another_content(tmp_path, sample):
-    contents = []
+def test_other_labels_are_another_labelling_of_the_same_content(tmp_path, sample):
+    contents, labellings = [], []
     for name, age in (("a", 0.5), ("b", 0.5), ("c", 0.25)):
         changed = several_targets(dataclasses.replace(sample, tables=dict(sample.tables)))
         changed.tables["labels/age"][4] = age
-        contents.append(inspect(changed.write(tmp_path / f"{name}.zarr")).content)
-    assert contents[0] == contents[1] != contents[2]
+        found = inspect(changed.write(tmp_path / f"{name}.zarr"))
+        contents.append(found.content)
+        labellings.append(found.labelling)
+    assert contents[0] == contents[1] == contents[2]
+    assert labellings[0] == labellings[1] != labellings[2]
 
 
 def test_a_cache_without_targets_or_values(location, sample):
-    bare = sample.with_manifest(targets=())
+    bare = sample.with_labelling(targets=())
     del bare.tables["labels/label"]
     bare.write(location)
     with Reader(location) as reader, pytest.raises(KeyError, match=r"no target in .*holds none"):
         reader.labels()
-    empty = sample.with_manifest(targets=(Target(name="age", kind="regression"),))
+    empty = sample.with_labelling(targets=(Target(name="age", kind="regression"),))
     empty.tables["labels/age"] = np.full(10, np.nan, np.float32)
     empty.write(location, overwrite=True)
     nothing = {"rows": 0, "min": None, "mean": None, "max": None}
@@ -193,7 +195,7 @@ def test_seconds_are_the_wall_time_of_all_legs(location, sample, monkeypatch):
     """By a clock that says what it is told; what is not published is not counted."""
     now = 100.0
     monkeypatch.setattr("cache.writer.time.perf_counter", lambda: now)
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         assert inspect(location).seconds is None
         now += 1.5
         sample.fill(writer, [range(4, 8)])
@@ -203,12 +205,12 @@ def test_seconds_are_the_wall_time_of_all_legs(location, sample, monkeypatch):
         now += 50.0
         writer.write(8, sample.rows(8, 9))  # is given up
     assert Reader(location, allow_incomplete=True).seconds == 3.5
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         now += 0.25
         sample.fill(writer)
     assert Reader(location).seconds == inspect(location).seconds == 3.75
     content = inspect(location).content
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.forget([1])
         now += 9.0
         sample.fill(writer)
@@ -218,9 +220,9 @@ def test_seconds_are_the_wall_time_of_all_legs(location, sample, monkeypatch):
 
 def test_threads_share_the_wall_time(location, samples):
     """Shards that are published at the same time do not count it twice."""
-    sample = samples(rows=12, rows_per_shard=1)
+    sample = samples(rows=12, slots_per_shard=1)
     begin = time.perf_counter()
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         threads = [
             threading.Thread(target=sample.fill, args=(writer, [range(row, row + 1)]))
             for row in range(12)
@@ -234,11 +236,11 @@ def test_threads_share_the_wall_time(location, samples):
 
 def test_content_depends_on_the_numbers_alone(tmp_path, sample):
     contents = set()
-    for number, rows_per_shard in enumerate((1, 3, 4, 10, 64)):
-        changed = sample.with_manifest(rows_per_shard=rows_per_shard, notes={"n": number})
+    for number, slots_per_shard in enumerate((1, 3, 4, 10, 64)):
+        changed = sample.with_manifest(slots_per_shard=slots_per_shard, notes={"n": number})
         for suffix in ("zarr", "h5"):
             location = tmp_path / f"{number}.{suffix}"
-            with Writer.open(location, changed.manifest, changed.tables) as writer:
+            with Writer(location, changed.manifest, changed.labelling, changed.tables) as writer:
                 for rows in reversed(writer.pending):
                     for row in reversed(rows):
                         writer.write(row, changed.rows(row, row + 1))
@@ -251,26 +253,28 @@ def test_content_depends_on_the_numbers_alone(tmp_path, sample):
 
 def test_second_open_of_a_complete_cache_has_nothing_to_do(location, sample):
     sample.write(location)
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         assert writer.pending == []
-        assert writer.rows_done == 10
+        assert writer.slots_done == 10
         assert writer.bytes_written == 0
 
 
 def test_resumes_with_the_shards_on_disk(location, sample):
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         sample.fill(writer, [range(4, 8)])
         writer.write(0, sample.rows(0, 3))  # not a whole shard: is given up
-    other_layout = sample.with_manifest(rows_per_shard=7)
-    with Writer.open(location, other_layout.manifest, other_layout.tables) as writer:
+    other_layout = sample.with_manifest(slots_per_shard=7)
+    with Writer(
+        location, other_layout.manifest, other_layout.labelling, other_layout.tables
+    ) as writer:
         assert writer.pending == [range(4), range(8, 10)]
-        assert writer.manifest.rows_per_shard == 4
+        assert writer.manifest.slots_per_shard == 4
         sample.fill(writer)
     np.testing.assert_array_equal(raw(location, "stacks/tokens"), sample.values["tokens"])
 
 
 def test_skipped_rows_are_zeros_and_in_no_split(location, sample):
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.write(0, sample.rows(0, 4), {1: "truncated image " + "x" * 500, 3: "zéro"})
         sample.fill(writer)
     with Reader(location) as reader:
@@ -287,7 +291,7 @@ def test_measured_errors_add_up(location, sample):
     def inspected() -> dict:
         return inspect(location).error
 
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         for row, number in ((2, 0.25), (0, 0.5), (3, 0.0)):
             errors = {"tokens": (number, 4.0, number)}
             writer.write(row, sample.rows(row, row + 1), None, errors)
@@ -299,11 +303,11 @@ def test_measured_errors_add_up(location, sample):
         writer.write(4, sample.rows(4, 7), {}, {"tokens": (9.0, 4.0, 2.0)})  # is given up
     late = {"relative": 0.0, "worst_token": 0.0}
     assert inspected() == {"tokens": {"relative": 0.25, "worst_token": 0.5}, "late": late}
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.write(4, sample.rows(4, 8), {}, {"tokens": (15.25, 52.0, 0.75)})
     assert inspected() == {"tokens": {"relative": 0.5, "worst_token": 0.75}, "late": late}
     measured = inspect(location).content
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.forget(range(3))
         sample.fill(writer)
     assert inspected() == {}
@@ -314,10 +318,10 @@ def test_measured_errors_add_up(location, sample):
 def test_a_layout_without_room_for_errors_goes_without(location, sample, monkeypatch):
     """Caches laid out by an earlier program have shorter records; here ones without any slack."""
     names = {stack.name: ["0" * 32] * 4 for stack in sample.manifest.stacks}
-    record = Record(shard=0, rows=(8, 12), digests=names, skipped={})
+    record = Record(shard=0, slots=(8, 12), digests=names, skipped={})
     length = len(record.to_bytes(4096).rstrip(b"\0"))
-    monkeypatch.setattr("cache.writer.record_bytes", lambda manifest: length)
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    monkeypatch.setattr("cache.containers.document.record_bytes", lambda manifest, part: length)
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         for rows in writer.pending:
             arrays = sample.rows(rows.start, rows.stop)
             writer.write(rows.start, arrays, {}, {"tokens": (0.1, 0.7, 0.3)})
@@ -330,7 +334,7 @@ def test_a_layout_without_room_for_errors_goes_without(location, sample, monkeyp
 
 
 def test_a_record_has_room_for_a_reason_on_every_row(location, sample):
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         for rows in writer.pending:
             writer.write(
                 rows.start, sample.rows(rows.start, rows.stop), dict.fromkeys(rows, "é" * 999)
@@ -340,8 +344,8 @@ def test_a_record_has_room_for_a_reason_on_every_row(location, sample):
 
 
 def test_workers_own_shards_and_give_the_same_bytes(location, sample):
-    first = Writer(location, sample.manifest, sample.tables, worker=0, workers=2)
-    second = Writer(location, sample.manifest, sample.tables, worker=1, workers=2)
+    first = Writer(location, sample.manifest, sample.labelling, sample.tables, worker=0, workers=2)
+    second = Writer(location, sample.manifest, sample.labelling, sample.tables, worker=1, workers=2)
     with first, second:
         assert first.pending == [range(4), range(8, 10)]
         assert second.pending == [range(4, 8)]
@@ -354,10 +358,14 @@ def test_workers_own_shards_and_give_the_same_bytes(location, sample):
 
 
 def test_the_loser_of_a_race_uses_the_winners_cache(location, sample, monkeypatch):
-    with Writer(location, sample.manifest, sample.tables, worker=0, workers=2) as winner:
-        monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
-        other = sample.with_manifest(rows_per_shard=3)
-        with Writer(location, other.manifest, other.tables, worker=1, workers=2) as loser:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, worker=0, workers=2
+    ) as winner:
+        monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
+        other = sample.with_manifest(slots_per_shard=3)
+        with Writer(
+            location, other.manifest, other.labelling, other.tables, worker=1, workers=2
+        ) as loser:
             assert loser.manifest == winner.manifest
             sample.fill(loser)
         sample.fill(winner)
@@ -375,13 +383,15 @@ def test_two_writers_of_a_shard_never_publish_a_mixture(location, sample, monkey
     values = {"a": sample.values, "b": sample.values}
     if not equal:
         values["b"] = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
-    writers = {name: Writer(location, sample.manifest, sample.tables) for name in values}
+    writers = {
+        name: Writer(location, sample.manifest, sample.labelling, sample.tables) for name in values
+    }
     steps = [(name, row) for name in writers for row in range(4)]
     for place in random.permutation(len(steps)):
         name, row = steps[place]
         arrays = {stack: array[row : row + 1] for stack, array in values[name].items()}
         writers[name].write(row, arrays)
-        if open_backend(location).record(0) and (equal or location.suffix == ".zarr"):
+        if open_container(location).record(0) and (equal or location.suffix == ".zarr"):
             assert verify(location).ok, (seed, name, row)
     for writer in writers.values():
         writer.close()
@@ -398,12 +408,12 @@ def test_two_writers_of_a_shard_never_publish_a_mixture(location, sample, monkey
 def test_a_file_that_a_killed_writer_named_is_vouched_for(tmp_path, sample, monkeypatch):
     """Killed between a shard's name and its record: the next writer's bits may differ."""
     location = tmp_path / "a.zarr"
-    with Writer(location, sample.manifest, sample.tables) as writer:
-        monkeypatch.setattr(writer._backend, "write_record", lambda *_: None)
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
+        monkeypatch.setattr(writer._container, "write_record", lambda *_: None)
         sample.fill(writer, [range(4)])
     assert inspect(location).rows_done == 0
     other = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
-    with Writer(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.write(0, {name: array[:4] for name, array in other.items()})
     assert verify(location).ok
     with Reader(location, allow_incomplete=True) as reader:
@@ -413,13 +423,14 @@ def test_a_file_that_a_killed_writer_named_is_vouched_for(tmp_path, sample, monk
 def test_a_forgotten_shard_is_written_anew(location, sample):
     """Forgetting repairs: what is damaged must not be taken for another writer's."""
     sample.write(location)
-    backend = open_backend(location)
-    extents = backend.rows("tokens", 1)
+    container = open_container(location)
+    extents = container.slots("tokens", 1)
     with extents.path.open("r+b") as file:
         file.seek(int(extents.offsets[0, 0]))
         file.write(b"\xff\xff\xff")
-    assert verify(location).damaged_shards == [1]
-    with Writer(location, sample.manifest, sample.tables) as writer:
+    found = verify(location)
+    assert ({damage.row for damage in found.damaged}, found.lost_shards) == ({4}, [])
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.forget([1])
         sample.fill(writer)
     assert verify(location).ok
@@ -443,7 +454,7 @@ def test_unfinished_files_of_killed_writers_are_swept(tmp_path, sample, monkeypa
     location = tmp_path / "a.zarr"
     if locks is None:
         monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
-    live = Writer(location, sample.manifest, sample.tables, workers=2)
+    live = Writer(location, sample.manifest, sample.labelling, sample.tables, workers=2)
     live.write(0, sample.rows(0, 2))
     folder = location / "stacks/tokens/.partial"
     (mine,) = folder.iterdir()
@@ -452,7 +463,7 @@ def test_unfinished_files_of_killed_writers_are_swept(tmp_path, sample, monkeypa
         os.utime(folder / name, (time.time() - age,) * 2)
     if locks:
         os.utime(mine, (0, 0))  # however old: its writer lives
-    other = Writer(location, sample.manifest, sample.tables, worker=1, workers=2)
+    other = Writer(location, sample.manifest, sample.labelling, sample.tables, worker=1, workers=2)
     left = {path.name for path in folder.iterdir()}
     other.close()
     assert left == {mine.name, "0.1.new", *(["0.1.hour"] if locks is None else [])}
@@ -481,9 +492,9 @@ def test_without_hard_links_a_name_is_not_taken_either(location, sample, monkeyp
 
     monkeypatch.setattr(os, "link", link)
     monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
-    first = Writer(location, sample.manifest, sample.tables)
-    monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
-    second = Writer(location, sample.manifest, sample.tables)
+    first = Writer(location, sample.manifest, sample.labelling, sample.tables)
+    monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
+    second = Writer(location, sample.manifest, sample.labelling, sample.tables)
     other = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
     sample.fill(first)
     if location.suffix == ".zarr":
@@ -501,8 +512,8 @@ def test_a_row_that_the_faster_writer_skipped_stays_skipped(tmp_path, sample, mo
     monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
     location = tmp_path / "a.zarr"
     with (
-        Writer(location, sample.manifest, sample.tables) as first,
-        Writer(location, sample.manifest, sample.tables) as second,
+        Writer(location, sample.manifest, sample.labelling, sample.tables) as first,
+        Writer(location, sample.manifest, sample.labelling, sample.tables) as second,
     ):
         second.write(0, sample.rows(0, 3), {2: "truncated image"})
         first.write(0, sample.rows(0, 4), {1: "no answer"})
@@ -519,7 +530,7 @@ def test_a_row_that_the_faster_writer_skipped_stays_skipped(tmp_path, sample, mo
 def test_a_folder_of_unfinished_files_may_vanish(tmp_path, sample, monkeypatch):
     """Another worker sweeps at the same time."""
     location = tmp_path / "a.zarr"
-    writer = Writer(location, sample.manifest, sample.tables)
+    writer = Writer(location, sample.manifest, sample.labelling, sample.tables)
     sample.fill(writer)
     folder, real = location / "stacks/tokens/.partial", Path.iterdir
     folder.mkdir(exist_ok=True)
@@ -544,16 +555,22 @@ def test_a_sweep_never_holds_the_lock_of_a_young_file(tmp_path, monkeypatch):
 
 def test_overwrite_resumes_the_same_identity(location, sample):
     """Left in a script it must not throw finished shards away."""
-    with Writer(location, sample.manifest, sample.tables, overwrite=True) as writer:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
         sample.fill(writer, [range(4)])
-    with Writer(location, sample.manifest, sample.tables, overwrite=True) as writer:
-        assert writer.rows_done == 4
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
+        assert writer.slots_done == 4
         sample.fill(writer)
-    with Writer(location, sample.manifest, sample.tables, overwrite=True) as writer:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
         assert writer.pending == []
     other = sample.with_manifest(identity={"other": 1})
-    with Writer(location, other.manifest, other.tables, overwrite=True) as writer:
-        assert writer.rows_done == 0
+    with Writer(location, other.manifest, other.labelling, other.tables, overwrite=True) as writer:
+        assert writer.slots_done == 0
 
 
 def test_workers_that_overwrite_leave_each_others_cache(location, sample):
@@ -561,7 +578,9 @@ def test_workers_that_overwrite_leave_each_others_cache(location, sample):
     options = {"overwrite": True, "workers": 3}
     writers = []
     for worker in range(3):
-        writer = Writer(location, sample.manifest, sample.tables, worker=worker, **options)
+        writer = Writer(
+            location, sample.manifest, sample.labelling, sample.tables, worker=worker, **options
+        )
         sample.fill(writer)
         writers.append(writer)
     for writer in writers:
@@ -573,23 +592,30 @@ def test_workers_that_overwrite_leave_each_others_cache(location, sample):
 def test_a_worker_that_comes_late_to_overwriting(location, sample, monkeypatch, other):
     """It saw the old cache; before it can remove it, another has put the new one there."""
     sample.with_manifest(identity={"old": 1}).write(location)
-    real, held = writer_module.remove, []
+    real, held = planning.remove, []
 
     def late(path: Path, unless: Callable[[], bool]) -> None:
-        monkeypatch.setattr(writer_module, "remove", real)
+        monkeypatch.setattr(planning, "remove", real)
         if other == "has removed the old one":
             real(path)
         else:
-            first = Writer(location, sample.manifest, sample.tables, overwrite=True, workers=2)
+            first = Writer(
+                location,
+                sample.manifest,
+                sample.labelling,
+                sample.tables,
+                overwrite=True,
+                workers=2,
+            )
             sample.fill(first)
             held.append(first)
         if other == "has ended":
             first.close()
         real(path, unless)
 
-    monkeypatch.setattr(writer_module, "remove", late)
+    monkeypatch.setattr(planning, "remove", late)
     options = {"overwrite": True, "worker": 1, "workers": 2}
-    with Writer(location, sample.manifest, sample.tables, **options) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables, **options) as writer:
         assert writer.pending == [range(4, 8)]
         sample.fill(writer)
     for first in held:
@@ -614,8 +640,8 @@ def test_leftovers_of_a_killed_creation_are_swept(location, sample):
 
 
 def test_threads_write_rows_of_one_shard(location, samples):
-    sample = samples(rows=32, rows_per_shard=16)
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    sample = samples(rows=32, slots_per_shard=16)
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         work = [
             threading.Thread(target=writer.write, args=(row, sample.rows(row, row + 2)))
             for row in np.random.default_rng(1).permutation(16) * 2
@@ -630,7 +656,7 @@ def test_threads_write_rows_of_one_shard(location, samples):
 
 
 def test_many_threads_read_at_once(location, samples):
-    sample = samples(rows=64, rows_per_shard=5)
+    sample = samples(rows=64, slots_per_shard=5)
     sample.write(location)
     wrong = []
 
@@ -669,7 +695,7 @@ def test_reads_straight_into_the_callers_memory(location, sample):
 
 
 def test_open_files_are_bounded(tmp_path, samples):
-    sample = samples(rows=150, rows_per_shard=1)
+    sample = samples(rows=150, slots_per_shard=1)
     location = sample.write(tmp_path / "many.zarr")
     with Reader(location) as reader:
         before = len(list(Path("/proc/self/fd").iterdir()))
@@ -704,7 +730,7 @@ def test_inspect_is_json_and_names_what_is_there(location, sample):
 
 def test_same_bytes_in_both_formats(tmp_path, sample):
     a, b = sample.write(tmp_path / "a.zarr"), sample.write(tmp_path / "b.h5")
-    for name in ("stacks/tokens", "stacks/late", *sample.tables):
+    for name in ("stacks/tokens", "stacks/late", *sample.stored):
         assert raw(a, name).tobytes() == raw(b, name).tobytes(), name
     ledgers = [
         [dataclasses.replace(Record.from_bytes(data.tobytes()), seconds=None) for data in ledger]

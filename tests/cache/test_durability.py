@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cache import Writer, verify
-from cache.location import open_backend
+from cache.location import open_container
 
 LINKS = ("rename", "replace", "link")
 
@@ -126,22 +126,22 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 
 
 def watch_records(disk: Disk, place: Path) -> None:
-    backend = open_backend(place)
-    stacks = [stack.name for stack in backend.manifest.stacks]
-    for shard in range(backend.manifest.shards):
-        record = backend.record_place(shard)
+    container = open_container(place)
+    stacks = [stack.name for stack in container.manifest.stacks]
+    for shard in range(container.manifest.shards):
+        record = container.record_place(shard)
         files = [place / f"stacks/{stack}/c/{shard}/0/0/0/0" for stack in stacks]
         disk.vouched[record.path, record.offset] = files if place.suffix == ".zarr" else [place]
 
 
 def test_a_new_cache_is_on_the_disk_before_anything_is_written(location, sample, disk):
     place = location.parent / "new" / "folders" / location.name
-    with Writer(place, sample.manifest, sample.tables):
+    with Writer(place, sample.manifest, sample.labelling, sample.tables):
         assert disk.at_risk() == []
 
 
 def test_data_their_names_then_the_record_then_its_name(location, sample, disk):
-    with Writer(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         watch_records(disk, location)
         sample.fill(writer)
         assert disk.records == sample.manifest.shards
@@ -152,7 +152,7 @@ def test_data_their_names_then_the_record_then_its_name(location, sample, disk):
 
 def test_what_is_forgotten_is_forgotten_durably(location, sample, disk):
     sample.write(location)
-    with Writer(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.forget([1])
         assert disk.at_risk() == []
         watch_records(disk, location)
@@ -163,7 +163,7 @@ def test_what_is_forgotten_is_forgotten_durably(location, sample, disk):
 def test_a_replaced_cache_is_durable(location, sample, disk):
     sample.write(location)
     other = sample.with_manifest(identity={"other": 1})
-    with Writer(location, other.manifest, other.tables, overwrite=True):
+    with Writer(location, other.manifest, other.labelling, other.tables, overwrite=True):
         assert disk.at_risk() == []
 
 
@@ -171,8 +171,8 @@ def test_a_shard_of_a_writer_who_was_faster_is_durable(location, sample, disk, m
     """The faster one was killed before its folders were on the disk, and before its record."""
     monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
     with (
-        Writer(location, sample.manifest, sample.tables) as first,
-        Writer(location, sample.manifest, sample.tables) as second,
+        Writer(location, sample.manifest, sample.labelling, sample.tables) as first,
+        Writer(location, sample.manifest, sample.labelling, sample.tables) as second,
     ):
         watch_records(disk, location)
         sample.fill(first, [range(4)])
@@ -183,9 +183,9 @@ def test_a_shard_of_a_writer_who_was_faster_is_durable(location, sample, disk, m
 
 @pytest.mark.parametrize("forgotten", ["the bytes", "the names", "the order"])
 def test_the_recorder_finds_what_is_forgotten(location, sample, disk, monkeypatch, forgotten):
-    with Writer(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         watch_records(disk, location)
-        kind = type(writer._backend)
+        kind = type(writer._container)
         match forgotten:
             case "the bytes":
                 monkeypatch.setattr(os, "fsync", lambda fd: None)

@@ -22,6 +22,7 @@ from cache import (
     CacheNotFound,
     FormatVersionError,
     IdentityMismatch,
+    LabellingMismatch,
     LocationError,
     NameMissing,
     NoSpace,
@@ -49,7 +50,7 @@ def test_every_error_is_a_cache_error_and_a_builtin():
 def test_unknown_location(name, sample, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LocationError, match=r"expected"):
-        Writer.open(name, sample.manifest, sample.tables)
+        Writer(name, sample.manifest, sample.labelling, sample.tables)
     with pytest.raises(LocationError, match=r"expected"):
         Reader(name)
     assert list(tmp_path.iterdir()) == []
@@ -61,7 +62,7 @@ def test_nothing_there(location):
 
 
 def test_incomplete_is_refused_and_says_how_to_go_on(location, sample):
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         sample.fill(writer, [range(4, 8)])
     with pytest.raises(CacheIncomplete, match=r"4 of 10 rows.*run the same extract"):
         Reader(location)
@@ -79,7 +80,7 @@ def test_incomplete_is_refused_and_says_how_to_go_on(location, sample):
 def test_an_exception_publishes_nothing_further(location, sample):
     with (
         pytest.raises(RuntimeError, match="stop"),
-        Writer.open(location, sample.manifest, sample.tables) as writer,
+        Writer(location, sample.manifest, sample.labelling, sample.tables) as writer,
     ):
         sample.fill(writer, [range(4)])
         writer.write(4, sample.rows(4, 7))
@@ -91,10 +92,10 @@ def test_an_exception_publishes_nothing_further(location, sample):
 
 def test_another_identity_is_refused_naming_each_field(location, sample):
     sample.write(location)
-    identity = {"backbone": {"name": "vit_base", "weights": "ab"}, "source": "cd", "views": 2}
+    identity = {"backbone": {"name": "vit_base", "weights": "ab"}, "views": 2}
     other = sample.with_manifest(identity=identity)
     with pytest.raises(IdentityMismatch) as caught:
-        Writer.open(location, other.manifest, other.tables)
+        Writer(location, other.manifest, other.labelling, other.tables)
     assert caught.value.differences == [
         ("backbone.name", "vit_tiny", "vit_base"),
         ("seed", 0, "(absent)"),
@@ -102,7 +103,7 @@ def test_another_identity_is_refused_naming_each_field(location, sample):
     ]
     assert "backbone.name: 'vit_tiny' in the cache, 'vit_base' now" in str(caught.value)
     assert "--overwrite" in str(caught.value)
-    with Writer.open(location, other.manifest, other.tables, overwrite=True) as writer:
+    with Writer(location, other.manifest, other.labelling, other.tables, overwrite=True) as writer:
         assert writer.pending
         other.fill(writer)
     assert Reader(location).fingerprint == other.manifest.fingerprint
@@ -112,13 +113,33 @@ def test_other_stacks_or_tables_are_refused(location, sample):
     sample.write(location)
     fewer = sample.with_manifest(stacks=sample.manifest.stacks[:1])
     with pytest.raises(IdentityMismatch, match="stacks"):
-        Writer.open(location, fewer.manifest, fewer.tables)
+        Writer(location, fewer.manifest, fewer.labelling, fewer.tables)
     other = sample.with_manifest(blocks=({"kind": "vit", "heads": 6}, {"kind": "conv"}))
     with pytest.raises(IdentityMismatch, match="blocks"):
-        Writer.open(location, other.manifest, other.tables)
+        Writer(location, other.manifest, other.labelling, other.tables)
+    tables = {**sample.tables, "source_sha256": np.zeros((10, 32), np.uint8)}
+    with pytest.raises(IdentityMismatch, match="table source_sha256: 'other contents'"):
+        Writer(location, sample.manifest, sample.labelling, tables)
+    del tables["source_sha256"]
+    with pytest.raises(IdentityMismatch, match=r"source_sha256: 'there' .* '\(absent\)' now"):
+        Writer(location, sample.manifest, sample.labelling, tables)
+
+
+def test_other_labels_are_refused_and_say_how_to_take_them_over(location, sample):
+    sample.write(location)
     tables = {**sample.tables, "labels/label": np.zeros(10, np.int64)}
-    with pytest.raises(IdentityMismatch, match="tables"):
-        Writer.open(location, sample.manifest, tables)
+    with pytest.raises(
+        LabellingMismatch, match=r"asked other things now.*`sidecache label"
+    ) as caught:
+        Writer(location, sample.manifest, sample.labelling, tables)
+    ((name, before, now),) = caught.value.differences
+    assert name == "labelling" and before == inspect(location).labelling != now
+    with Writer(location, sample.manifest, sample.labelling, tables, overwrite=True) as writer:
+        assert writer.pending == []  # no feature is touched
+    assert inspect(location).labelling == now
+    np.testing.assert_array_equal(Reader(location).labels(), np.zeros(10))
+    sample.write(location)  # what was said before is no news
+    assert inspect(location).labelling == now
 
 
 def test_overwrite_deletes_only_caches(location, sample):
@@ -129,29 +150,29 @@ def test_overwrite_deletes_only_caches(location, sample):
         location.write_text("precious")
     for overwrite in (False, True):
         with pytest.raises((LocationError, CacheDamaged)):
-            Writer.open(location, sample.manifest, sample.tables, overwrite=overwrite)
+            Writer(location, sample.manifest, sample.labelling, sample.tables, overwrite=overwrite)
     assert location.exists()
     if location.is_dir():
         assert (location / "thesis.txt").read_text() == "precious"
 
 
 def test_second_writer_is_refused_while_the_first_lives(location, sample):
-    with Writer.open(location, sample.manifest, sample.tables) as first:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as first:
         for options in ({}, {"overwrite": True}, {"workers": 2}):
             with pytest.raises(CacheLocked, match="another process"):
-                Writer.open(location, sample.manifest, sample.tables, **options)
+                Writer(location, sample.manifest, sample.labelling, sample.tables, **options)
         other = sample.with_manifest(identity={"other": 1})
         with pytest.raises(CacheLocked, match="another process"):
-            Writer.open(location, other.manifest, other.tables, overwrite=True)
+            Writer(location, other.manifest, other.labelling, other.tables, overwrite=True)
         sample.fill(first)
-    Writer.open(location, sample.manifest, sample.tables).close()
+    Writer(location, sample.manifest, sample.labelling, sample.tables).close()
 
 
 def test_of_two_who_create_a_cache_one_writes(location, sample, monkeypatch):
-    with Writer(location, sample.manifest, sample.tables) as first:
-        monkeypatch.setattr("cache.writer.is_there", lambda path: False)  # it looked too early
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as first:
+        monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
         with pytest.raises(CacheLocked, match="another process"):
-            Writer(location, sample.manifest, sample.tables)
+            Writer(location, sample.manifest, sample.labelling, sample.tables)
         sample.fill(first)
     assert list(location.parent.iterdir()) == [location]
 
@@ -177,10 +198,10 @@ def test_nfs_locks_only_what_is_open_to_write(tmp_path, sample, monkeypatch):
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
     location = tmp_path / "a.h5"
-    with Writer(location, sample.manifest, sample.tables) as first:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as first:
         for options in ({}, {"workers": 2}):
             with pytest.raises(CacheLocked):
-                Writer(location, sample.manifest, sample.tables, **options)
+                Writer(location, sample.manifest, sample.labelling, sample.tables, **options)
         sample.fill(first)
     sample.write(tmp_path / "a.zarr")  # a folder is never open to write: it goes on without
 
@@ -209,7 +230,7 @@ def test_a_file_system_without_a_size_is_not_full(location, sample, monkeypatch)
     sample.write(location)
     fields["f_blocks"] = 1
     with pytest.raises(NoSpace, match="0 are free"):
-        Writer(location.with_stem("b"), sample.manifest, sample.tables)
+        Writer(location.with_stem("b"), sample.manifest, sample.labelling, sample.tables)
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
@@ -218,13 +239,13 @@ def test_where_nobody_may_write_it_says_so(location, sample, monkeypatch, code):
         raise OSError(code, os.strerror(code), "somewhere")
 
     asked = r"cannot be written \(.*'somewhere'\).*choose another --out"
-    with Writer(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         monkeypatch.setattr(files, "write_all", refuse)
         with pytest.raises(NotWritable, match=asked):
             writer.write(0, sample.rows(0, 4))
     monkeypatch.setattr(files, "make_folders", refuse)
     with pytest.raises(NotWritable, match=asked):
-        Writer(location.with_stem("b"), sample.manifest, sample.tables)
+        Writer(location.with_stem("b"), sample.manifest, sample.labelling, sample.tables)
 
 
 def test_a_complete_cache_may_be_read_only(location, sample, monkeypatch):
@@ -244,14 +265,16 @@ def test_a_complete_cache_may_be_read_only(location, sample, monkeypatch):
     with Reader(location) as reader:
         np.testing.assert_array_equal(reader.read(range(10)), sample.values["tokens"][:, 0])
     assert verify(location).ok and inspect(location).complete
-    with Writer(location, sample.manifest, sample.tables, overwrite=True) as writer:
+    with Writer(
+        location, sample.manifest, sample.labelling, sample.tables, overwrite=True
+    ) as writer:
         assert writer.pending == []
 
 
 def test_full_disk_is_refused_before_anything_is_made(location, sample, monkeypatch):
     monkeypatch.setattr(files, "free_bytes", lambda path: 100)
     with pytest.raises(NoSpace, match=r"bytes are still to be written and 100 are free"):
-        Writer.open(location, sample.manifest, sample.tables)
+        Writer(location, sample.manifest, sample.labelling, sample.tables)
     assert list(location.parent.iterdir()) == []
 
 
@@ -261,7 +284,7 @@ def test_full_disk_while_writing_keeps_what_is_done(location, sample, monkeypatc
     def full(fd: int, data: memoryview, offset: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         sample.fill(writer, [range(4)])
         monkeypatch.setattr(files, "write_all", full)
         with pytest.raises(NoSpace, match="Finished shards are kept"):
@@ -272,7 +295,7 @@ def test_full_disk_while_writing_keeps_what_is_done(location, sample, monkeypatc
 
 
 def test_wrong_arrays_are_refused(location, sample):
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         with pytest.raises(ValueError, match=r"expected arrays for stacks \['tokens', 'late'\]"):
             writer.write(0, {"tokens": sample.values["tokens"][:4]})
         wrong = {name: values.astype(np.float32) for name, values in sample.rows(0, 4).items()}
@@ -282,14 +305,14 @@ def test_wrong_arrays_are_refused(location, sample):
             writer.write(2, sample.rows(2, 6))
         with pytest.raises(ValueError, match="not in a pending shard"):
             writer.write(12, sample.rows(0, 1))
-        with pytest.raises(ValueError, match="expected rows among those written"):
+        with pytest.raises(ValueError, match="expected slots among those written"):
             writer.write(0, sample.rows(0, 1), {3: "no"})
         with pytest.raises(NameMissing, match=r"no stack 'nope'.*tokens, late"):
             writer.write(0, sample.rows(0, 2), {}, {"nope": (0.0, 1.0, 0.0)})
         with pytest.raises(ValueError, match=r"stack 'late': expected three numbers.*\(0.0, 1.0\)"):
             writer.write(0, sample.rows(0, 2), {}, {"late": (0.0, 1.0)})
         writer.write(0, sample.rows(0, 2))
-        with pytest.raises(ValueError, match="row 1 was already written"):
+        with pytest.raises(ValueError, match="slot 1 was already written"):
             writer.write(1, sample.rows(1, 3))
     with pytest.raises(ValueError, match="closed"):
         writer.write(0, sample.rows(0, 2))
@@ -297,7 +320,7 @@ def test_wrong_arrays_are_refused(location, sample):
 
 def test_int8_without_its_scales_is_refused(location, samples):
     sample = samples("int8")
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         bare = {name: values[..., :-4] for name, values in sample.rows(0, 4).items()}
         with pytest.raises(ValueError, match=r"expected int8 \(4, 2, 3, 5, 8\).*\(4, 2, 3, 5, 4\)"):
             writer.write(0, bare)
@@ -314,14 +337,14 @@ def test_wrong_tables_are_refused(location, sample):
         tables = {**sample.tables, **{k.replace("__", "/"): v for k, v in changes.items()}}
         tables = {name: table for name, table in tables.items() if table is not None}
         with pytest.raises(ValueError, match=match):
-            Writer.open(location, sample.manifest, tables)
+            Writer(location, sample.manifest, sample.labelling, tables)
         assert not location.exists()
 
     refused("'split'.*missing", split=None)
     refused(r"expected int64 \(10,\)", labels__label=np.zeros(9, np.int64))
     refused(r"row 0 is 3, expected a class index below 3, or -1", labels__label=np.full(10, 3))
-    refused(r"'split': row 0 is 2, expected 0 to 1", split=np.full(10, 2, np.uint8))
-    refused("9 keys, expected one per row: 10", keys=cache.encode_keys(list("abcdefghi")))
+    refused(r"'split': row 0 is 2, expected -1 to 1 \(-1: none\)", split=np.full(10, 2, np.uint8))
+    refused("9 keys, expected one per slot: 10", keys=cache.encode_keys(list("abcdefghi")))
     refused("reserved", stacks__x=np.zeros(3))
 
 
@@ -361,10 +384,10 @@ def test_wrong_tables_are_refused(location, sample):
     ],
 )
 def test_wrong_labels_are_refused(location, sample, target, table, match):
-    sample = sample.with_manifest(targets=(*sample.manifest.targets, target))
+    sample = sample.with_labelling(targets=(*sample.labelling.targets, target))
     tables = sample.tables | ({} if table is None else {f"labels/{target.name}": table})
     with pytest.raises(ValueError, match=match):
-        Writer.open(location, sample.manifest, tables)
+        Writer(location, sample.manifest, sample.labelling, tables)
     assert not location.exists()
 
 
@@ -391,15 +414,19 @@ def test_another_format_version_is_refused(location, sample):
     sample.write(location)
     edit_document(location, lambda document: {**document, "format_version": 99})
     for act in (Reader, inspect, verify):
-        with pytest.raises(FormatVersionError, match=r"99.*reads version 1"):
+        with pytest.raises(FormatVersionError, match=r"99.*reads versions 1, 2:"):
             act(location)
     with pytest.raises(FormatVersionError):
-        Writer.open(location, sample.manifest, sample.tables)
+        Writer(location, sample.manifest, sample.labelling, sample.tables)
 
 
 def test_an_edited_manifest_is_damage(location, sample):
     sample.write(location)
-    edit_document(location, lambda document: {**document, "splits": ["val", "train"]})
+
+    def swap(document):
+        return {**document, "labelling": {**document["labelling"], "splits": ["val", "train"]}}
+
+    edit_document(location, swap)
     with pytest.raises(CacheDamaged, match="checksum"):
         Reader(location)
     assert not verify(location).ok
@@ -427,9 +454,9 @@ def flip_byte(path, offset):
 
 
 def place(location, stack, row, view=0):
-    backend = Reader(location, allow_incomplete=True).backend
-    shard, position = divmod(row, backend.manifest.rows_per_shard)
-    extents = backend.rows(stack, shard)
+    container = Reader(location, allow_incomplete=True).container
+    shard, position = divmod(row, container.manifest.slots_per_shard)
+    extents = container.slots(stack, shard)
     return extents.path, int(extents.offsets[position, view])
 
 
@@ -439,13 +466,13 @@ def test_a_damaged_byte_is_named(location, sample):
     flip_byte(path, offset + 3)
     found = verify(location)
     assert not found.ok
-    assert found.damaged_shards == [1]
+    assert found.lost_shards == []  # the row alone can be written again
     (damage,) = found.damaged
     assert (damage.stack, damage.row, damage.key, damage.file) == ("late", 6, "images/é6.png", path)
     assert "row 6 (images/é6.png) of stack late" in str(damage)
 
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
-        writer.forget(found.damaged_shards)
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
+        writer.forget([1])
         assert writer.pending == [range(4, 8)]
         sample.fill(writer)
     assert verify(location).ok
@@ -457,7 +484,10 @@ def test_killed_while_forgetting(tmp_path, sample, monkeypatch, deletions):
     location = sample.write(tmp_path / "a.zarr")
     path, offset = place(location, "late", 6)
     flip_byte(path, offset)
-    writer, unlink = Writer(location, sample.manifest, sample.tables), type(path).unlink
+    writer, unlink = (
+        Writer(location, sample.manifest, sample.labelling, sample.tables),
+        type(path).unlink,
+    )
     left = [unlink] * deletions
 
     def killed(path: Path) -> None:
@@ -468,9 +498,9 @@ def test_killed_while_forgetting(tmp_path, sample, monkeypatch, deletions):
         writer.forget([1])
     monkeypatch.undo()
     writer.close()
-    with Writer(location, sample.manifest, sample.tables) as writer:
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         assert writer.pending == []
-        assert verify(location).damaged_shards == [1]
+        assert not verify(location).ok
         writer.forget([1])
         sample.fill(writer)
     with Reader(location) as reader:
@@ -479,7 +509,7 @@ def test_killed_while_forgetting(tmp_path, sample, monkeypatch, deletions):
 
 def test_a_torn_ledger_record_counts_as_not_done(location, sample):
     sample.write(location)
-    place = Reader(location).backend.record_place(1)
+    place = Reader(location).container.record_place(1)
     flip_byte(place.path, place.offset + 40)
     with pytest.raises(CacheIncomplete, match="6 of 10"):
         Reader(location)
@@ -490,16 +520,16 @@ def test_a_torn_ledger_record_counts_as_not_done(location, sample):
 
 def test_a_record_of_another_shard_counts_as_not_done(location, sample):
     sample.write(location)
-    backend = Reader(location).backend
-    backend.write_record(0, backend.record(1))
+    container = Reader(location).container
+    container.write_record(0, container.record(1))
     assert inspect(location).rows_done == 6
 
 
 def test_damaged_table_is_named(location, sample):
     sample.write(location)
-    extent = Reader(location).backend.table("labels/label")
+    extent = Reader(location).container.table("labellings/0/labels/label")
     flip_byte(extent.path, extent.offset)
-    with pytest.raises(CacheDamaged, match="'labels/label' does not match its checksum"):
+    with pytest.raises(CacheDamaged, match="labels/label' does not match its checksum"):
         Reader(location).labels()
     assert "labels/label" in str(verify(location).damaged[0])
 
@@ -534,8 +564,8 @@ def test_damaged_zarr_shard_is_named_and_repaired(tmp_path, sample, harm):
     found = verify(location)
     assert {damage.row for damage in found.damaged} == {4, 5, 6, 7}
     assert {damage.file for damage in found.damaged} == {path}
-    with Writer.open(location, sample.manifest, sample.tables) as writer:
-        writer.forget(found.damaged_shards)
+    with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
+        writer.forget(found.lost_shards)
         sample.fill(writer)
     assert verify(location).ok
 

@@ -12,30 +12,33 @@ from cache import Reader, decode, inspect, verify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FINGERPRINT = "b83f8add26bf8b04957fa57b504da67c52386a112e71e41fb703e176404134a9"
-CASES = {
+FINGERPRINT_2 = "bdcb80e3d0c4903ce41b93717825d91abe51b0be0c57f62892373172b12a4ef1"
+LABELLING = "5a9ef0efbd133e61121753e49ce64e828dc33d080352ca3186c89432bdd8d91b"
+LABELLING_OF_SEVERAL = "7cdc3404569e20529a5541223b7895835e009de61dd52f7a0de0789e85318b2a"
+CASES = {  # the content as version 2 defines it: version 1's covered labels and splits, too
     "version_1.zarr": (
         "float16",
-        "210c0f23b11531c2f07ba50867c8bcae0d24326237eff32761b6cab36319b2c2",
+        "45d45b205a860c9604b6a6e5165d9f46f5d21354243ba412429c78afcf7f1ec4",
     ),
     "version_1.h5": (
         "bfloat16",
-        "3c17d833e9b698e841a48f04224b2f162b9aa9c08b3fb8b91549c5269b0f5494",
+        "3588e61ac3fe6b97fc39cb21994711e50893407a6f011e6db4e822362401e258",
     ),
     "version_1_int8.zarr": (
         "int8",
-        "c2fb900ba9929bf84fffef18d6d7f13ee26edb5a657abd0b961b5c31393f1370",
+        "e7ae5964b5deda14ff7321e5729f4e3d61cccda0e128eda7577580b978b905ef",
     ),
     "version_1_int8.h5": (
         "int8",
-        "c2fb900ba9929bf84fffef18d6d7f13ee26edb5a657abd0b961b5c31393f1370",
+        "e7ae5964b5deda14ff7321e5729f4e3d61cccda0e128eda7577580b978b905ef",
     ),
     "version_1_targets.zarr": (
         "float32",
-        "6694f04ab1b2e237809b41b0621f9747b26c296f1f6b5059667fbdfb875293f6",
+        "fe84fbdda6459f87adc1edbf971752fc7a0cb36a53adf45e163f9acc3811eeeb",
     ),
     "version_1_targets.h5": (
         "float32",
-        "6694f04ab1b2e237809b41b0621f9747b26c296f1f6b5059667fbdfb875293f6",
+        "fe84fbdda6459f87adc1edbf971752fc7a0cb36a53adf45e163f9acc3811eeeb",
     ),
 }
 
@@ -52,13 +55,22 @@ def test_golden_cache_reads_to_known_numbers(name):
     storage, content = CASES[name]
     assert verify(GOLDEN / name).ok
     with Reader(GOLDEN / name) as reader:
-        assert reader.manifest.format_version == 1
+        assert reader.container.format_version == 1
         assert reader.manifest.storage == storage
-        assert reader.fingerprint == FINGERPRINT
+        assert reader.manifest.formerly == FINGERPRINT
+        assert reader.is_known_as(FINGERPRINT) and reader.is_known_as(reader.fingerprint)
+        assert not reader.is_known_as("") and not reader.is_known_as("0" * 64)
+        assert reader.fingerprint == FINGERPRINT_2
+        assert reader.labelling_digest == (LABELLING_OF_SEVERAL if "targets" in name else LABELLING)
         assert reader.content == content
         assert reader.skipped == {3: "truncated image"}
         assert reader.keys == ["0.png", "1.png", "2.png", "3.png", "4.png"]
         np.testing.assert_array_equal(reader.split_rows("test"), [4])
+        np.testing.assert_array_equal(reader.split, [0, 0, 0, 1, 1])
+        np.testing.assert_array_equal(reader.slots, range(5))
+        np.testing.assert_array_equal(reader.lengths(), [2] * 5)
+        assert (reader.labelling.groups, reader.labelling.folds) == ((), 0)
+        assert reader.split.dtype == np.int16 and reader.labels().dtype == np.int64
         np.testing.assert_array_equal(reader.final_norm["weight"], [0, 1, 2, 3])
         expected = (np.arange(240).reshape(5, 2, 3, 2, 4) % 97 / 8).astype(np.float32)
         if storage == "int8":
@@ -90,7 +102,7 @@ def test_golden_cache_reads_what_came_later_or_its_absence(name):
 def test_golden_cache_reads_its_targets_and_seconds_or_their_absence(name):
     with Reader(GOLDEN / name) as reader:
         np.testing.assert_array_equal(reader.labels(), [0, 1, 0, 1, 0])
-        kinds = {target.name: target.kind for target in reader.manifest.targets}
+        kinds = {target.name: target.kind for target in reader.labelling.targets}
         if "targets" in name:
             assert kinds == {"label": "class", "marks": "multilabel", "age": "regression"}
             np.testing.assert_array_equal(
@@ -116,3 +128,5 @@ def test_todays_writer_makes_the_golden_content(name, tmp_path):
     make().write(tmp_path / name, storage, several="targets" in name)
     with Reader(tmp_path / name) as reader:
         assert reader.content == content
+        assert reader.fingerprint == FINGERPRINT_2
+        assert reader.labelling_digest == Reader(GOLDEN / name).labelling_digest

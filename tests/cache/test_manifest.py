@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,14 +13,16 @@ from hypothesis import strategies as st
 from cache import (
     CacheDamaged,
     FormatVersionError,
+    Labelling,
     Manifest,
     NameMissing,
     Stack,
-    Target,
     differences,
 )
+from cache.containers.document import make_document, manifest_of, read_document
+from cache.documents import canonical_json
 from cache.ledger import Record, add_errors, record_bytes
-from cache.manifest import canonical_json, default_rows_per_shard
+from cache.manifest import default_slots_per_shard
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)
 JSON = st.recursive(
@@ -34,14 +38,6 @@ OBJECTS = st.dictionaries(st.text(), JSON, max_size=4)
 
 
 @st.composite
-def targets(draw: st.DrawFn, name: str) -> Target:
-    kind = draw(st.sampled_from(["class", "multilabel", "regression"]))
-    least, most = {"class": (0, 4), "multilabel": (1, 4), "regression": (0, 0)}[kind]
-    classes = draw(st.lists(st.text(), min_size=least, max_size=most, unique=True))
-    return Target(name=name, kind=kind, classes=tuple(classes))
-
-
-@st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     stacks = tuple(
         Stack(
@@ -53,36 +49,56 @@ def manifests(draw: st.DrawFn) -> Manifest:
         )
         for name in draw(st.lists(NAMES, min_size=1, max_size=3, unique=True))
     )
-    names = draw(st.lists(NAMES, max_size=3, unique=True))
     return Manifest(
         identity=draw(OBJECTS),
         storage=draw(st.sampled_from(["float32", "float16", "bfloat16", "int8"])),
-        rows=draw(st.integers(1, 10**7)),
+        parts=tuple(draw(st.lists(st.integers(1, 10**7), min_size=1, max_size=4))),
         views=draw(st.integers(1, 4)),
-        rows_per_shard=draw(st.integers(0, 5000)),
+        slots_per_shard=draw(st.integers(0, 5000)),
         stacks=stacks,
-        targets=tuple(draw(targets(name)) for name in names),
-        splits=tuple(draw(st.lists(st.text(), max_size=3, unique=True))),
         final_norm=draw(OBJECTS),
         blocks=tuple(draw(st.lists(OBJECTS, max_size=3))),
         notes=draw(OBJECTS),
+        formerly=draw(st.text(alphabet="0123456789abcdef", max_size=64)),
     )
 
 
 @given(manifests())
 def test_round_trips(manifest):
-    again = Manifest.from_dict(json.loads(manifest.to_json()))
+    again = Manifest.from_dict(json.loads(canonical_json(manifest.to_dict())))
     assert again == manifest
     assert again.fingerprint == manifest.fingerprint
-    assert again.to_json() == manifest.to_json()
+    assert canonical_json(again.to_dict()) == canonical_json(manifest.to_dict())
 
 
 @given(manifests())
-def test_shards_cover_every_row_once(manifest):
-    manifest = dataclasses.replace(manifest, rows=min(manifest.rows, 20_000))
-    rows = [row for shard in range(manifest.shards) for row in manifest.shard_rows(shard)]
-    assert rows == list(range(manifest.rows))
-    assert manifest.nbytes == manifest.rows * manifest.row_nbytes
+def test_a_document_gives_its_manifest_back(manifest):
+    document = make_document(manifest, Labelling(rows=1), "", {})
+    read = read_document(Path("a.zarr"), json.loads(canonical_json(document)))
+    assert read == document
+    assert manifest_of(read) == manifest
+    assert read["fingerprint"] == manifest.fingerprint
+
+
+@given(manifests())
+def test_shards_cover_every_slot_once_and_no_two_parts(manifest):
+    parts = tuple(min(slots, 5_000) for slots in manifest.parts)
+    manifest = dataclasses.replace(manifest, parts=parts)
+    slots = [slot for shard in range(manifest.shards) for slot in manifest.shard_slots(shard)]
+    assert slots == list(range(manifest.slots))
+    assert manifest.nbytes == manifest.slots * manifest.slot_nbytes
+    starts = manifest.part_starts
+    seen = []
+    for shard in range(manifest.shards):
+        here = manifest.shard_slots(shard)
+        part, local = manifest.part_of(shard)
+        seen.append((part, local))
+        assert starts[part] <= here.start < here.stop <= starts[part + 1]
+        assert here.start == starts[part] + local * manifest.slots_per_shard
+        assert len(here) == manifest.slots_per_shard or here.stop == starts[part + 1]
+    assert seen == [(p, i) for p in range(len(parts)) for i in range(manifest.part_shards(p))]
+    of = [shard for shard in range(manifest.shards) for _ in manifest.shard_slots(shard)]
+    assert manifest.shards_of(np.arange(manifest.slots)).tolist() == of
 
 
 def test_a_document_without_blocks_has_none(sample):
@@ -93,40 +109,42 @@ def test_a_document_without_blocks_has_none(sample):
 
 def test_int8_has_four_bytes_more_per_token():
     stack = Stack(name="tokens", taps=("z3",), tokens=197, prefix_tokens=1, dim=768)
-    manifest = Manifest(identity={}, storage="int8", rows=10, views=2, stacks=(stack,))
+    manifest = Manifest(identity={}, storage="int8", parts=(10,), views=2, stacks=(stack,))
     assert manifest.stored_shape("tokens") == (1, 197, 772)
-    assert manifest.row_nbytes == 2 * 152_084
-    halves = dataclasses.replace(manifest, storage="float16", rows_per_shard=0)
+    assert manifest.slot_nbytes == 2 * 152_084
+    halves = dataclasses.replace(manifest, storage="float16", slots_per_shard=0)
     assert halves.stored_shape("tokens") == halves.stack("tokens").shape == (1, 197, 768)
-    assert halves.row_nbytes == 2 * 197 * 768 * 2
+    assert halves.slot_nbytes == 2 * 197 * 768 * 2
     with pytest.raises(NameMissing, match="it holds tokens"):
         manifest.stored_shape("late")
 
 
 @given(manifests(), st.text(max_size=300), st.floats(allow_nan=False, allow_infinity=False))
 def test_the_fullest_record_fits(manifest, reason, number):
-    manifest = dataclasses.replace(manifest, rows_per_shard=min(manifest.rows_per_shard, 50))
-    shard = manifest.shards - 1
-    for rows in (manifest.shard_rows(0), manifest.shard_rows(shard)):
+    manifest = dataclasses.replace(manifest, slots_per_shard=min(manifest.slots_per_shard, 50))
+    for shard in (0, manifest.shards - 1):
+        rows = manifest.shard_slots(shard)
         record = Record(
             shard=shard,
-            rows=(rows.start, rows.stop),
+            slots=(rows.start, rows.stop),
             digests={stack.name: ["f" * 32] * len(rows) for stack in manifest.stacks},
             skipped=dict.fromkeys(rows, reason),
             error={stack.name: (number, -1.2345678901234567e-308, 1) for stack in manifest.stacks},
             seconds=1234567890.1239,
         )
-        data = record.to_bytes(record_bytes(manifest))
-        assert len(data) == record_bytes(manifest)
+        part, _ = manifest.part_of(record.shard)
+        data = record.to_bytes(record_bytes(manifest, part))
+        assert len(data) == record_bytes(manifest, part)
         again = Record.from_bytes(data)
-        assert again.rows == record.rows
+        assert again.slots == record.slots
+        assert again.belongs_to(manifest, record.shard)
         assert again.error == record.error
         assert again.seconds == 1234567890.124
         assert all(reason.startswith(kept) for kept in again.skipped.values())
 
 
 def test_every_flipped_bit_of_a_record_is_noticed(sample):
-    record = Record(shard=0, rows=(0, 1), digests={"tokens": ["0" * 32]}, skipped={0: "why"})
+    record = Record(shard=0, slots=(0, 1), digests={"tokens": ["0" * 32]}, skipped={0: "why"})
     data = record.to_bytes(300)
     for position in range(len(data.rstrip(b"\0"))):
         torn = bytearray(data)
@@ -139,7 +157,7 @@ def test_every_flipped_bit_of_a_record_is_noticed(sample):
 
 def test_a_record_without_room_leaves_the_error_out():
     """As in a cache that was laid out before there were errors."""
-    record = Record(shard=0, rows=(0, 1), digests={"tokens": ["0" * 32]}, skipped={})
+    record = Record(shard=0, slots=(0, 1), digests={"tokens": ["0" * 32]}, skipped={})
     measured = dataclasses.replace(record, error={"tokens": (0.5, 8.0, 0.25)})
     length = len(record.to_bytes(300).rstrip(b"\0"))
     assert measured.to_bytes(length) == record.to_bytes(length)
@@ -161,7 +179,7 @@ def test_errors_add_up_to_the_same_in_any_order():
 
 
 def test_fingerprint_is_the_identity_alone(sample):
-    changed = sample.with_manifest(rows_per_shard=9, notes={"other": 1}).manifest
+    changed = sample.with_manifest(slots_per_shard=9, notes={"other": 1}).manifest
     assert changed.fingerprint == sample.manifest.fingerprint
     reordered = dict(reversed(sample.manifest.identity.items()))
     assert sample.with_manifest(identity=reordered).manifest.fingerprint == changed.fingerprint
@@ -182,9 +200,9 @@ def test_differences_name_dotted_fields():
 
 
 def test_default_shard_is_about_64_mib():
-    assert default_rows_per_shard(12 * 197 * 768 * 2) == 18
-    assert default_rows_per_shard(10**9) == 1
-    assert default_rows_per_shard(10) == 4096
+    assert default_slots_per_shard(12 * 197 * 768 * 2) == 18
+    assert default_slots_per_shard(10**9) == 1
+    assert default_slots_per_shard(10) == 4096
 
 
 def test_tuples_in_the_identity_equal_lists(sample):
@@ -196,9 +214,10 @@ def test_tuples_in_the_identity_equal_lists(sample):
     ("changes", "message"),
     [
         ({"storage": "float8"}, "storage 'float8': expected one of float32, float16, bfloat16"),
-        ({"rows": 0}, "at least one row"),
+        ({"parts": ()}, "at least one slot in each part"),
+        ({"parts": (3, 0)}, r"at least one slot in each part.*parts=\(3, 0\)"),
+        ({"views": 0}, "one view"),
         ({"stacks": ()}, "at least one stack"),
-        ({"splits": ("a", "a")}, "two splits have the same name"),
         ({"identity": {"x": float("nan")}}, "identity must be nested JSON"),
         ({"identity": {"x": object()}}, "identity must be nested JSON"),
         ({"blocks": ({"x": object()},)}, r"blocks\[0\] must be nested JSON"),
@@ -210,29 +229,26 @@ def test_refuses_nonsense(sample, changes, message):
         sample.with_manifest(**changes)
 
 
-def test_refuses_a_stack_or_target_of_nonsense():
+def test_refuses_a_stack_of_nonsense():
     with pytest.raises(ValueError, match="lower-case"):
         Stack(name="A b", taps=("z0",), tokens=1, prefix_tokens=0, dim=1)
     with pytest.raises(ValueError, match="prefix_tokens=2"):
         Stack(name="a", taps=("z0",), tokens=1, prefix_tokens=2, dim=1)
     with pytest.raises(ValueError, match="no two alike"):
         Stack(name="a", taps=("z0", "z0"), tokens=1, prefix_tokens=0, dim=1)
-    with pytest.raises(ValueError, match=r"kind 'box' is unknown, .*class, multilabel, regression"):
-        Target(name="label", kind="box", classes=())
-    with pytest.raises(ValueError, match=r"'age': a regression has no classes, received 2"):
-        Target(name="age", kind="regression", classes=("old", "young"))
-    with pytest.raises(ValueError, match=r"'marks': expected one class or more, received none"):
-        Target(name="marks", kind="multilabel")
-    with pytest.raises(ValueError, match="two classes have the same name"):
-        Target(name="marks", kind="multilabel", classes=("tail", "tail"))
-    with pytest.raises(ValueError, match=r"target name 'Age': expected lower-case"):
-        Target(name="Age", kind="regression")
 
 
 def test_from_dict_refuses_other_versions_and_damage(sample):
     document = sample.manifest.to_dict()
-    with pytest.raises(FormatVersionError, match="version 2, this program reads version 1"):
-        Manifest.from_dict({**document, "format_version": 2})
+    whole = make_document(sample.manifest, sample.labelling, "", {})
+    with pytest.raises(FormatVersionError, match="version 3, this program reads versions 1, 2"):
+        read_document(Path("a.zarr"), {**whole, "format_version": 3})
+    for changes in ({"parts": [3]}, {"check": "0" * 32}, {"notes": {}}):
+        with pytest.raises(CacheDamaged, match=r"a\.zarr: the manifest does not match its own"):
+            read_document(Path("a.zarr"), {**whole, **changes})
+    for nothing in ({}, [], None):
+        with pytest.raises(CacheDamaged, match=r"a\.zarr holds no sidecache manifest"):
+            read_document(Path("a.zarr"), nothing)
     with pytest.raises(CacheDamaged, match="cannot be read"):
         Manifest.from_dict({**document, "colour": "red"})
     with pytest.raises(CacheDamaged, match="cannot be read"):

@@ -69,7 +69,7 @@ def test_killed_writer_leaves_no_lock(location, sample):
     sample.write(location)
     code = (
         "import os, signal, sys\n"
-        "from cache.location import lock, open_backend\n"
+        "from cache.location import lock, open_container\n"
         "from pathlib import Path\n"
         "lock(Path(sys.argv[1]))\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

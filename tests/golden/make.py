@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cache import Manifest, Stack, Target, Writer, encode, encode_keys
+from cache import Labelling, Manifest, Stack, Target, Writer, encode, encode_keys
 
 ROWS = 5
 
@@ -46,19 +46,22 @@ def write(location: Path, storage: str, *, several: bool = False) -> None:
     manifest = Manifest(
         identity={"backbone": {"name": "golden"}, "seed": 7},
         storage=storage,
-        rows=ROWS,
+        parts=(ROWS,),
         views=2,
-        rows_per_shard=2,
+        slots_per_shard=2,
         stacks=(Stack(name="tokens", taps=("z0", "z1", "z2"), tokens=2, prefix_tokens=1, dim=4),),
+        final_norm={"kind": "layer", "eps": 1e-6},
+        blocks=({"kind": "vit", "heads": 2}, {"kind": "vit", "heads": 4}) if later else (),
+        notes={"created_by": "tests/golden/make.py"},
+    )
+    labelling = Labelling(
+        rows=ROWS,
         targets=(
             Target(name="label", classes=("cat", "dog")),
             Target(name="marks", kind="multilabel", classes=("tail", "ears")),
             Target(name="age", kind="regression"),
         )[: 3 if several else 1],
         splits=("train", "test"),
-        final_norm={"kind": "layer", "eps": 1e-6},
-        blocks=({"kind": "vit", "heads": 2}, {"kind": "vit", "heads": 4}) if later else (),
-        notes={"created_by": "tests/golden/make.py"},
     )
     tables = {
         "keys": encode_keys([f"{row}.png" for row in range(ROWS)]),
@@ -73,7 +76,7 @@ def write(location: Path, storage: str, *, several: bool = False) -> None:
         tables["labels/age"] = np.array(AGES, np.float32)
     if later:
         tables["ladder/block0/qkv_weight"] = np.arange(6, dtype=np.float32).reshape(2, 3)
-    with Writer(location, manifest, tables) as writer:
+    with Writer(location, manifest, labelling, tables) as writer:
         for rows in writer.pending:
             skipped = {3: "truncated image"} if 3 in rows else {}
             array = values(storage)[rows.start : rows.stop]
@@ -82,14 +85,4 @@ def write(location: Path, storage: str, *, several: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(__file__).parent
-    for name, storage in (
-        ("version_1.zarr", "float16"),
-        ("version_1.h5", "bfloat16"),
-        ("version_1_int8.zarr", "int8"),
-        ("version_1_int8.h5", "int8"),
-        ("version_1_targets.zarr", "float32"),
-        ("version_1_targets.h5", "float32"),
-    ):
-        if not (folder / name).exists():
-            write(folder / name, storage, several="targets" in name)
+    pass

@@ -12,6 +12,7 @@ from conftest import extract_config, train_config
 
 from cache import (
     IdentityMismatch,
+    Labelling,
     Manifest,
     Reader,
     Stack,
@@ -39,7 +40,7 @@ LOSS = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 1 / 254}  
 def values(path: Path) -> np.ndarray:
     """(rows, taps, T, D) float32."""
     with Reader(path) as reader:
-        return decode(reader.read(range(reader.manifest.rows)), reader.manifest.storage)
+        return decode(reader.read(range(reader.rows)), reader.manifest.storage)
 
 
 def smaller(src: Path, dst: Path, **changes: Any) -> CopyConfig:
@@ -193,7 +194,7 @@ def test_a_copy_keeps_targets_of_every_kind(images: Path, tmp_path: Path) -> Non
     copy(smaller(src, dst, split=("test", "train")))
     with Reader(src) as old, Reader(dst) as new:
         rows = old.split_rows("train", "test")
-        assert new.manifest.targets == old.manifest.targets
+        assert new.labelling.targets == old.labelling.targets
         for name in ("age", "colour", "marks"):
             np.testing.assert_array_equal(new.labels(name), old.labels(name)[rows])
         assert new.seconds is not None
@@ -242,10 +243,12 @@ def test_a_sum_that_does_not_fit_is_named(tmp_path: Path) -> None:
     manifest = Manifest(
         identity={"made": "by hand"},
         storage="float16",
-        rows=2,
+        parts=(2,),
         stacks=(Stack(name="tokens", taps=("z0", "z1"), tokens=3, prefix_tokens=1, dim=4),),
     )
-    with Writer(tmp_path / "c.zarr", manifest, {"keys": encode_keys(["a", "b"])}) as writer:
+    with Writer(
+        tmp_path / "c.zarr", manifest, Labelling(rows=2), {"keys": encode_keys(["a", "b"])}
+    ) as writer:
         writer.write(0, {"tokens": np.full((2, 1, 2, 3, 4), 5e4, np.float16)})
     with pytest.raises(
         StorageOverflow, match=r"tap z0\.\.z1 of a: values .* to 9.997e\+04 do not fit float16"

@@ -31,7 +31,7 @@ def test_extraction_equals_the_cpu(images: Path, zarr_cache: Path, tmp_path: Pat
     assert verify(out).ok
     with Reader(out) as ours, Reader(zarr_cache) as cpu:
         assert ours.fingerprint == cpu.fingerprint
-        rows = range(ours.manifest.rows)
+        rows = range(ours.rows)
         difference = torch.from_numpy(ours.read(rows) - cpu.read(rows))
     assert difference.abs().max() < 1e-2  # TF32 and other kernels
 
@@ -43,7 +43,7 @@ def test_sums_in_int8_equal_the_cpus(images: Path, tmp_path: Path) -> None:
         extract(extract_config(images, out, device=device, **asked))
         assert verify(out).ok
     with Reader(tmp_path / "cuda.zarr") as ours, Reader(tmp_path / "cpu.zarr") as cpu:
-        rows = range(ours.manifest.rows)
+        rows = range(ours.rows)
         for stack in ("tokens", "pooled"):
             one, other = (decode(reader.read(rows, stack=stack), "int8") for reader in (ours, cpu))
             assert np.abs(one - other).max() <= 0.02 * np.abs(other).max()

@@ -123,7 +123,7 @@ def test_extraction_gives_the_same(images: Path, tmp_path: Path, changes: dict[s
     with Reader(tmp_path / "cuda:1.zarr") as ours, Reader(tmp_path / "cpu.zarr") as theirs:
         assert ours.fingerprint == theirs.fingerprint
         for stack in ours.manifest.stacks:
-            rows, storage = range(ours.manifest.rows), ours.manifest.storage
+            rows, storage = range(ours.rows), ours.manifest.storage
             one, other = (
                 decode(r.read(rows, stack=stack.name), storage).astype(np.float64)
                 for r in (ours, theirs)

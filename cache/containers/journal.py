@@ -1,0 +1,103 @@
+"""All of some writes to a file, or none: a redo journal beside the file, `.<name>.redo`.
+
+The writes are complete and durable in the journal before the first of them touches the file; they
+are done from the moment on that the journal has its name. Whoever reads meanwhile puts them over
+what he finds in the file, so it does not matter how many of them are there already. Making them
+again does no harm: the next writer does so, if this one was killed.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from cache import files
+from cache.containers.overlay import Write
+from cache.documents import canonical_json
+from cache.errors import CacheDamaged
+
+_MAGIC = b"sidecache redo 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    """What is to be written, in this order, to the file with that inode, which has `size` bytes
+    afterwards."""
+
+    file: int
+    size: int
+    writes: tuple[Write, ...]
+
+
+def journal_path(path: Path) -> Path:
+    """Where the journal of a file lies."""
+    return path.with_name(f".{path.name}.redo")
+
+
+def pending(path: Path) -> Journal | None:
+    """The change of a file that is not finished. Raises CacheDamaged."""
+    there = journal_path(path)
+    try:
+        magic, text, data = there.read_bytes().split(b"\n", 2)
+        head = json.loads(text)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        magic, head, data = b"", {}, b""
+    if magic != _MAGIC or head["check"] != _check(head, data):
+        raise CacheDamaged(
+            f"{there} is damaged, and holds a change of {path.name} that is not finished: delete "
+            "it if `verify` then finds the cache whole, otherwise make the cache again",
+            there,
+        )
+    if head["file"] != path.stat().st_ino:
+        raise CacheDamaged(
+            f"{there} belongs to another file than {path}, which was replaced since: delete it if "
+            "the cache is whole (`verify` tells), or bring back the file that was there",
+            there,
+        )
+    writes, at = [], 0
+    for offset, length in head["writes"]:
+        writes.append((offset, data[at : at + length]))
+        at += length
+    return Journal(file=head["file"], size=head["size"], writes=tuple(writes))
+
+
+def publish(path: Path, journal: Journal) -> None:
+    """Decide on a change, durably; what the writes refer to must be on the disk."""
+    data = b"".join(data for _, data in journal.writes)
+    places = [[offset, len(data)] for offset, data in journal.writes]
+    head = {"file": journal.file, "size": journal.size, "writes": places}
+    text = canonical_json({**head, "check": _check(head, data)}).encode()
+    there = journal_path(path)
+    partial = there.with_name(f"{there.name}.partial")  # there is one writer
+    with partial.open("wb") as file:
+        fd = file.fileno()
+        files.write_all(fd, memoryview(_MAGIC + b"\n" + text + b"\n" + data), 0)
+        os.fsync(fd)
+    partial.rename(there)
+    files.sync_folder(path.parent)
+
+
+def finish(path: Path, journal: Journal) -> None:
+    """Make the change, durably; again, where it was made in part."""
+    with files.opened(path, os.O_WRONLY) as fd:
+        for offset, data in journal.writes:
+            files.write_all(fd, memoryview(data), offset)
+        os.ftruncate(fd, journal.size)
+        os.fsync(fd)
+    forget(path)
+
+
+def forget(path: Path) -> None:
+    """Delete the journal of a file that is as it should be, or gone."""
+    if journal_path(path).exists():
+        journal_path(path).unlink(missing_ok=True)
+        files.sync_folder(path.parent)
+
+
+def _check(head: dict[str, object], data: bytes) -> str:
+    described = canonical_json({name: head[name] for name in ("file", "size", "writes")})
+    return xxhash.xxh3_128_hexdigest(described.encode() + data)

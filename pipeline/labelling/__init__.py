@@ -1,0 +1,1 @@
+"""What is asked of a cache's rows: from sources, from lists, in folds."""
