@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.backbones.timm_models import Backbone, Preprocessing, load_backbone
+from pipeline.backbones.contract import Backbone
+from pipeline.backbones.timm_models import load_backbone
 from pipeline.device import pick_precision, without_tf32
 from pipeline.errors import BackboneError
 from pipeline.runs.run import TrainedMember
-from pipeline.sources.batches import image_batches
 from pipeline.sources.source import Source
 
 
@@ -35,12 +35,9 @@ class LiveMember:
         self, source: Source, *, batch_size: int, workers: int
     ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
         """(first row, logits (B, C), unreadable rows and why) for all rows in order."""
-        preprocessing = self.backbone.preprocessing
-        for batch in image_batches(
+        for batch in self.backbone.batches(
             source,
-            preprocessing.transform(normalize=False),
-            preprocessing.img_size,
-            pending=[range(len(source.rows))],
+            pending=[range(len(source))],
             batch_size=batch_size,
             workers=workers,
         ):
@@ -55,9 +52,30 @@ class LiveMember:
         def sink(tap: str, tokens: Tensor) -> None:
             features[tap] = tokens.float()
 
-        images = images.to(self.backbone.device)
         self.backbone.read_taps(images, sink, precision=self.backbone_precision)
         return network(network.operands(features, self.member_precision))[0].float()
+
+
+class SideTuned(nn.Module):
+    """A member behind its backbone as one module: images (B, 3, H, W), as `transform` makes them,
+    to outputs (B, C) float32. For inference: gradients end here.
+
+    `classes` names the outputs (none for a regression); `task` is what it learned to predict;
+    `transform` turns an RGB `PIL.Image` into (3, H, W) float32.
+    """
+
+    def __init__(self, live: LiveMember) -> None:
+        super().__init__()
+        self.live = live
+        self.backbone, self.network = live.backbone.model, live.member.network
+        self.transform = live.backbone.prepare
+        self.task = live.member.task
+        self.classes = self.task.classes
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, C): logits; of a regression, the value in the target's unit."""
+        return self.live.logits(images) * self.task.scale + self.task.centre
 
 
 def backbone_of(
@@ -79,7 +97,7 @@ def backbone_of(
         weights=weights,
         pretrained=pretrained,
         seed=seed,
-        preprocessing=vars(Preprocessing.from_dict(made_with["preprocessing"])),
+        preprocessing=made_with["preprocessing"],
     )
     if backbone.weights_sha256 != wanted:
         raise BackboneError(
@@ -90,7 +108,13 @@ def backbone_of(
 
 
 def go_live(
-    member: TrainedMember, *, weights: str | Path | None, device: torch.device, amp: bool | None
+    member: TrainedMember,
+    *,
+    weights: str | Path | None,
+    device: torch.device,
+    amp: bool | None,
+    pretrained: bool = True,
+    seed: int = 0,
 ) -> LiveMember:
     """Load the member's backbone. Raises BackboneError if its weights are other ones.
 
@@ -98,7 +122,7 @@ def go_live(
     member's outputs in the one that it learned in.
     """
     card = member.card
-    backbone = backbone_of(card, device=device, weights=weights)
+    backbone = backbone_of(card, device=device, weights=weights, pretrained=pretrained, seed=seed)
     backbone.keep(member.network.sources(tuple(backbone.taps)))
     asked = None if amp is None else pick_precision(device, amp)
     return LiveMember(
