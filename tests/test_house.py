@@ -43,6 +43,10 @@ ROOMS = [
     "cache",
 ]
 ONLY_IN = {  # package → the files, or rooms, that may import it
+    "PIL": {
+        *("pipeline.backbones.timm_models", "pipeline.demo.shapes", "pipeline.features.filling"),
+        *("pipeline.report", "pipeline.sources"),
+    },
     "timm": {"pipeline.backbones.timm_models", "pipeline.sources.timm_sets"},
     "torchvision": {"pipeline.sources.timm_sets"},
     "zarr": {"cache.containers.zarr"},

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.errors import SourceError
-from pipeline.sources.folders import open_folder
 from pipeline.sources.source import Source
 from pipeline.sources.tables import SEPARATORS, open_table
 from pipeline.sources.tars import open_tar
@@ -62,8 +61,12 @@ def open_source(
             f"dataset strings ({', '.join(f'{prefix}/…' for prefix in TIMM_PREFIXES)}); leave them "
             "out, as this is none"
         )
+    if path.is_dir() and is_vtab(path):
+        return open_vtab(path, splits, of_label)
     if path.is_dir():
-        return (open_vtab if is_vtab(path) else open_folder)(path, splits, of_label)
+        from pipeline.sources.folders import open_folder  # Pillow says which files are images
+
+        return open_folder(path, splits, of_label)
     if path.is_file() and path.suffix.lower() in SEPARATORS:
         return open_table(path, splits, classes or {})
     if path.is_file() and path.suffix.lower() == ".tar":
