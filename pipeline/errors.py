@@ -64,7 +64,8 @@ def needed_for(what: str, *, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = "pillow" if error.name == "PIL" else error.name
+        package = str(error.name).partition(".")[0]
+        package = "pillow" if package == "PIL" else package
         raise MissingPackage(
             f"{what} needs {package}, which is not installed: pip install 'sidecache[{extra}]'",
             name=error.name,
