@@ -31,7 +31,6 @@ from pipeline.features.labelled import (
     feature_spec,
     initial_weights,
     labelled_rows,
-    make_task,
 )
 from pipeline.features.operands import Batch, Batches
 from pipeline.features.residence import choose_resident
@@ -55,7 +54,7 @@ from pipeline.runs.run import (
     number_of,
     position_of,
 )
-from pipeline.tasks.metrics import SCORES, Scores, Task
+from pipeline.tasks import Scores, Task, task_of
 from pipeline.training.members import Stack, make_stacks, method_settings, score, step_bytes
 from pipeline.training.optim import learning_rate
 from pipeline.training.workers import Workers
@@ -100,7 +99,9 @@ def train(
         names = list(dict.fromkeys(member.task for member in config.members))
         train_rows = labelled_rows(reader, config.train_split, names)
         val_rows = labelled_rows(reader, config.val_split, names)
-        tasks = {name: make_task(reader.target(name), train_rows) for name in names}
+        tasks = {
+            name: task_of(reader.target(name)).fitted(train_rows.labels[name]) for name in names
+        }
         learning = _assemble(config, reader, tasks, train_rows, val_rows, device, dtype)
         facts = {
             **environment(),
@@ -569,7 +570,7 @@ def _shared_card(reader: Reader) -> dict[str, Any]:
 def _columns(task: Task, scores: Scores | None) -> dict[str, float | None]:
     """Validation scores as metrics.jsonl and summary.csv name them."""
     values = {} if scores is None else {**scores.values, "loss": scores.loss}
-    return {f"val_{name}": values.get(name) for name in (*SCORES[task.kind], "loss")}
+    return {f"val_{name}": values.get(name) for name in (*task.scores, "loss")}
 
 
 def _row(result: MemberResult) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
     assert not heavy & set(done.stdout.split())
 
 
-def test_a_package_that_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the library as by the commands; it stays the error that a failing import is."""
     for name in ("pipeline.sweep", "pipeline.search.proposals"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -271,7 +271,7 @@ def test_stage_two_needs_no_extra(zarr_cache: Path, tmp_path: Path) -> None:
     ],
     ids=["all extras", "what they bring along"],
 )
-def test_what_lacks_is_named_with_the_command_that_adds_it(
+def test_what_is_missing_is_named_with_the_command_that_adds_it(
     packages: str,
     expected: dict[str, str],
     zarr_cache: Path,

@@ -12,12 +12,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cache import Manifest, Stack, StorageOverflow
+from pipeline.backbones.contract import Backbone
 from pipeline.config import ExtractConfig
 from pipeline.device import record_event
 from pipeline.features.casting import (
@@ -33,9 +33,6 @@ from pipeline.features.taps import choose_gather, parse_taps
 from pipeline.side.contract import TokenShape
 from pipeline.side.gather import Gather, pool_both
 from pipeline.sources.batches import ImageBatch
-
-if TYPE_CHECKING:
-    from pipeline.backbones.timm_models import Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +146,7 @@ class TokenBuffer:
             if gather.pooled and tap == gather.deepest:
                 self._keep(gather.pool_name, pool_both(tokens, backbone.prefix_tokens))
 
-        backbone.read_taps(images.to(backbone.device, non_blocking=True), sink, precision=precision)
+        backbone.read_taps(images, sink, precision=precision)
         for name, total in self.sums.items():
             self._keep(name, total[:size])
         if self.device.type == "cuda":
