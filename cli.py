@@ -11,7 +11,7 @@ import dataclasses
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -42,7 +42,10 @@ from pipeline.terminal.progress import (
     training,
     verifying,
 )
-from pipeline.terminal.tables import print_json, varying
+from pipeline.terminal.tables import print_json
+
+if TYPE_CHECKING:
+    from pipeline.refit import RefitResult
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -218,50 +221,22 @@ def train(as_json: bool, method: list[str], refit: list[int] | None, **values: A
     config = TrainConfig(members=make_members(method, axes), **shared)
     with Progress() as progress:
         result = stage.train(config, training(progress))
-        refitted = _refit(progress, config.out, refit, config.overwrite) if refit else None
+        refitted = _refit(progress, config, refit)
     if as_json:
         found = dataclasses.asdict(result)
         found["members"] = [member.to_dict() for member in result.members]
-        print_json({**found, "refit": refitted} if refitted else found)
+        print_json(found | ({"refit": refitted.to_dict()} if refitted else {}))
     else:
         results.show_train(config.out, result, refitted)
 
 
-def _refit(progress: Progress, out: str, seeds: list[int], overwrite: bool) -> dict[str, Any]:
-    """Choose by validation, train on train + val; what `--json` shows of it."""
-    from pipeline.refit import refit as refit_winners
-    from pipeline.refit import winners
-    from pipeline.runs.run import Run
+def _refit(progress: Progress, config: PassConfig, seeds: list[int] | None) -> RefitResult | None:
+    if not seeds:
+        return None
+    from pipeline.refit import choose_and_refit
 
-    run = Run(out)
-    winning = winners(run)
-    result = refit_winners(
-        run,
-        seeds,
-        winning,
-        training(progress, "refitting"),
-        overwrite=overwrite,
-    )
-    open_settings = varying([member.all_settings for member in run.config().members])
-    return {
-        "run": result.run,
-        "seeds": list(seeds),
-        "seconds": result.seconds,
-        "winners": [
-            {
-                "task": winner.task,
-                "method": winner.member.method,
-                "settings": {k: v for k, v in winner.member.all_settings.items() if k != "seed"},
-                "chosen": [
-                    n for n in open_settings if n != "seed" and n in winner.member.all_settings
-                ],
-                "val": winner.score,
-                "val_deviation": winner.deviation,
-                "val_seeds": list(winner.seeds),
-            }
-            for winner in winning
-        ],
-    }
+    report = training(progress, "refitting")
+    return choose_and_refit(config.out, seeds, report, overwrite=config.overwrite)
 
 
 @main.command(params=flags(SweepConfig))
@@ -284,10 +259,10 @@ def sweep(as_json: bool, refit: list[int] | None, **values: Any) -> None:
     config = SweepConfig(**values)
     with Progress() as progress:
         result = stage.sweep(config, searching(progress))
-        refitted = _refit(progress, config.out, refit, config.overwrite) if refit else None
+        refitted = _refit(progress, config, refit)
     if as_json:
         found = dataclasses.asdict(result)
-        print_json({**found, "refit": refitted} if refitted else found)
+        print_json(found | ({"refit": refitted.to_dict()} if refitted else {}))
     else:
         results.show_sweep(config.out, result, refitted)
 

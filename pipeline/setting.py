@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
@@ -88,6 +88,12 @@ def wrong_choices(config: Any) -> Iterator[tuple[str, str]]:
             continue
         if getattr(config, f.name) not in (about.default, *about.choices):
             yield f.name, (" or " if len(about.choices) == 2 else ", ").join(about.choices)
+
+
+def varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the settings that are not the same for all."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [n for n in names if len({str(each.get(n)) for each in settings}) > 1]
 
 
 def text_of(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.setting import varying
 from pipeline.terminal.tables import (
     counted,
     loss_text,
@@ -20,7 +21,6 @@ from pipeline.terminal.tables import (
     short,
     size_text,
     titled,
-    varying,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.label import LabelResult
     from pipeline.predict import Prediction
     from pipeline.records import MemberResult, SweepResult, TrainResult, TrialDone
+    from pipeline.refit import RefitResult
     from pipeline.repair import RepairResult
     from pipeline.report import Written
 
@@ -186,7 +187,7 @@ def show_copy(config: CopyConfig, result: CopyResult) -> None:
 # --- stage two --------------------------------------------------------------------------------
 
 
-def show_train(out: str, result: TrainResult, refitted: Mapping[str, Any] | None) -> None:
+def show_train(out: str, result: TrainResult, refitted: RefitResult | None) -> None:
     """A leaderboard a task, and what was refitted."""
     if not result.epochs_trained:
         click.echo(f"{out}: already finished, nothing to do")
@@ -226,7 +227,7 @@ def _show_members(members: Sequence[MemberResult]) -> None:
     print_columns(header, rows)
 
 
-def show_sweep(out: str, result: SweepResult, refitted: Mapping[str, Any] | None) -> None:
+def show_sweep(out: str, result: SweepResult, refitted: RefitResult | None) -> None:
     if not result.trained:
         click.echo(f"{out}: already finished, nothing to do")
     _show_trials(result.trials, result.metric or "")
@@ -260,21 +261,20 @@ def _show_trials(trials: Sequence[TrialDone], metric: str) -> None:
         click.echo(f"… {len(trained) - len(shown)} more in summary.csv")
 
 
-def _show_refit(refitted: Mapping[str, Any]) -> None:
-    for winner in refitted["winners"]:
-        chosen = [name for name in winner["chosen"] if name != "task"]
-        shown = "".join(f", {name} {short(winner['settings'][name])}" for name in chosen)
-        seeds = winner["val_seeds"]
-        spread = f" ± {winner['val_deviation']:.4f}" if len(seeds) > 1 else ""
+def _show_refit(refitted: RefitResult) -> None:
+    for winner in refitted.winners:
+        chosen = {k: v for k, v in refitted.chosen(winner).items() if k != "task"}
+        shown = "".join(f", {name} {short(value)}" for name, value in chosen.items())
+        spread = f" ± {winner.deviation:.4f}" if len(winner.seeds) > 1 else ""
         click.echo(
-            f"refit {winner['task']}: {winner['method']}{shown}, val {winner['val']:.4f}{spread} "
-            f"over {counted(len(seeds), 'seed')}; trained on train + val with "
-            f"{counted(len(refitted['seeds']), 'seed')}: {refitted['run']}"
+            f"refit {winner.task}: {winner.member.method}{shown}, val {winner.score:.4f}{spread} "
+            f"over {counted(len(winner.seeds), 'seed')}; trained on train + val with "
+            f"{counted(len(refitted.seeds), 'seed')}: {refitted.run}"
         )
 
 
-def _show_next(what: str, out: str, refitted: Mapping[str, Any] | None) -> None:
-    where = refitted["run"] if refitted else out
+def _show_next(what: str, out: str, refitted: RefitResult | None) -> None:
+    where = refitted.run if refitted else out
     click.echo(f"{what}. Next: sidecache evaluate {shlex.quote(where)}", err=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -27,12 +27,6 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in pairs)
     for name, text in pairs:
         click.echo(f"{name:<{width}}  {text}")
-
-
-def varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the settings that are not the same for all."""
-    names = dict.fromkeys(name for each in settings for name in each)
-    return [n for n in names if len({str(each.get(n)) for each in settings}) > 1]
 
 
 def counted(number: int, what: str) -> str:
