@@ -23,7 +23,7 @@ from pipeline.features.operands import Batches
 from pipeline.runs.run import TrainedMember
 from pipeline.sources.source import Source
 from pipeline.tasks.metrics import average_precision
-from pipeline.training.members import EVAL_BATCH
+from pipeline.training.scoring import EVAL_BATCH
 
 SHOWN = 12  # mistakes
 MOST_CLASSES = 30  # of a confusion matrix that one can read
