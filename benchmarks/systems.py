@@ -135,14 +135,15 @@ def train_members(
 
     from cache import Reader
     from pipeline.config import Member
-    from pipeline.features.labelled import feature_spec, labelled_rows, make_task
+    from pipeline.features.labelled import feature_spec, labelled_rows
     from pipeline.features.operands import Batches
+    from pipeline.tasks import task_of
     from pipeline.training.cohort import make_cohorts
     from pipeline.training.workers import Workers
 
     reader = Reader(cache)
     rows = labelled_rows(reader, ["train"], ["label"])
-    tasks = {"label": make_task(reader.target(), rows)}
+    tasks = {"label": task_of(reader.target())}
     settings = [
         Member(method="last", task="label", epochs=10**6, seed=i, lr=1e-3 * (1 + i % 4))
         for i in range(members)

@@ -84,12 +84,12 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     from pipeline.config import Member
     from pipeline.features.labelled import feature_spec
     from pipeline.features.operands import Batch
-    from pipeline.tasks.metrics import Task
+    from pipeline.tasks import task_of
     from pipeline.training.cohort import make_cohorts
 
     with Reader(cache) as reader:
         spec = feature_spec(reader, CLASSES)
-        task = Task(name="label", kind="class", classes=reader.target().classes)
+        task = task_of(reader.target())
     backbone = load_backbone(options.model, device=device, pretrained=False, preprocessing={})
     backbone.keep(spec.taps)
     (cohort,) = make_cohorts(

@@ -22,7 +22,7 @@ from pipeline.features.operands import Batches
 from pipeline.runs.run import Run, TrainedMember
 from pipeline.sources.open import opener
 from pipeline.sources.source import Source
-from pipeline.tasks.metrics import Scores
+from pipeline.tasks import Scores
 from pipeline.training.scoring import score
 from pipeline.training.workers import Workers
 
@@ -31,7 +31,7 @@ from pipeline.training.workers import Workers
 class Evaluation:
     """Scores of one member on some splits of a cache or of images (`live`).
 
-    `scores` are those of the task's kind, the one that ranks first (`pipeline.tasks.metrics`). They
+    `scores` are those of the task's kind, the one that ranks first (`pipeline.tasks`). They
     and the loss are None where the member's outputs are not finite.
     """
 

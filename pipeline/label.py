@@ -27,6 +27,7 @@ from pipeline.labelling.questions import (
 )
 from pipeline.sources.open import open_source
 from pipeline.sources.tables import SEPARATORS, read_table
+from pipeline.tasks import exclusive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def _with_folds(asked: Questions, config: LabelConfig) -> Questions:
         groups = asked.groups(name)
     classes = None
     if config.stratify:
-        of_class = [target for target in labelling.targets if target.kind == "class"]
+        of_class = exclusive(labelling.targets)
         if not of_class:
             raise SettingError("--stratify: expected a target of kind class in the cache")
         classes = asked.tables[f"labels/{of_class[0].name}"]

@@ -23,7 +23,6 @@ from pipeline.config import Member, PassConfig, TrainConfig
 from pipeline.device import pick_device
 from pipeline.errors import PipelineError, RunError
 from pipeline.pages.leaderboard import (
-    TITLES,
     Loaded,
     Trained,
     board,
@@ -40,7 +39,7 @@ from pipeline.setting import settings_of
 from pipeline.side import METHODS
 from pipeline.sources.open import opener
 from pipeline.sources.source import Source
-from pipeline.tasks.metrics import SCORES
+from pipeline.tasks import KINDS
 
 PAGES = Path(__file__).parent / "pages"
 
@@ -195,11 +194,17 @@ def _render(
         for detail in details
         if detail["found"] and "points" in detail["found"]
     }
+    parts = {  # what a kind of target shows of a member
+        kind: environment.get_template(f"{kind}.html.jinja").module
+        for kind in {detail["trained"].task.kind for detail in details}
+        if (PAGES / f"{kind}.html.jinja").exists()
+    }
     return environment.get_template(f"{PAGE}.jinja").render(
         title=_listed([one.name for one in loaded]),
         runs=[_facts(one) for one in loaded],
         boards=boards,
         details=details,
+        parts=parts,
         costs=_costs(loaded),
         evaluations=[_evaluation(one, line) for one in loaded for line in one.evaluations],
         left_out=left_out,
@@ -276,10 +281,10 @@ def _separately(one: Loaded) -> str:
 
 
 def _evaluation(one: Loaded, line: Mapping[str, Any]) -> dict[str, str]:
-    kinds = {name: kind for kind, names in SCORES.items() for name in names}
     told = [
-        f"{TITLES[name]} {score_text(kind, line[name])}"
-        for name, kind in kinds.items()
+        f"{title} {score_text(kind, line[name])}"
+        for kind in KINDS.values()
+        for name, title in kind.scores.items()
         if name in line
     ]
     if "loss" in line:

@@ -51,7 +51,7 @@ from pipeline.runs.run import (
 )
 from pipeline.search.proposals import Proposals, open_proposals
 from pipeline.search.space import Space, read_space
-from pipeline.tasks.metrics import Task
+from pipeline.tasks import task_of
 from pipeline.train import train
 from pipeline.training.cohort import make_cohorts
 
@@ -93,8 +93,7 @@ class _Probe:
     """Says before a round is trained what would stop all of it: a member that cannot be made."""
 
     def __init__(self, reader: Reader, task: str, taps: str) -> None:
-        target = reader.target(task or None)
-        self.task = Task(name=target.name, kind=target.kind, classes=target.classes)
+        self.task = task_of(reader.target(task or None))
         self.tasks = {task: self.task}  # by the name that members have, which may be ""
         self.spec = feature_spec(reader, self.task.outputs, taps)
         self.initial = initial_weights(reader)

@@ -30,12 +30,12 @@ from pipeline.features.labelled import (
     feature_spec,
     initial_weights,
     labelled_rows,
-    make_task,
 )
 from pipeline.features.operands import Batches
 from pipeline.records import PassStarted, TrainRecord, TrainResult
 from pipeline.runs.run import CARD_VERSION, Run, environment
 from pipeline.side.contract import SideNetwork
+from pipeline.tasks import task_of
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.cost import Cost
 from pipeline.training.history import History, summary_row
@@ -115,7 +115,7 @@ def _learners(
 
     learners = assemble(
         config,
-        {name: make_task(reader.target(name), train_rows) for name in names},
+        {name: task_of(reader.target(name)).fitted(train_rows.labels[name]) for name in names},
         feature_spec(reader, 1, config.taps),
         initial_weights(reader),
         device,

@@ -5,22 +5,22 @@ features have.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Reader, Target
+from cache import Reader
 from pipeline.errors import SettingError
 from pipeline.features.taps import choose_taps
 from pipeline.side.contract import FeatureSpec, TokenShape
-from pipeline.tasks.metrics import Task
+from pipeline.tasks import KINDS, task_of
 
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Row numbers of a cache, and for each task its labels of them (`pipeline.tasks.metrics`).
+    """Row numbers of a cache, and for each task its labels of them (`pipeline.tasks`).
 
     `left_out` counts the rows that have no label for any target of the cache.
     """
@@ -42,12 +42,11 @@ def labelled_rows(reader: Reader, splits: Sequence[str], tasks: Sequence[str]) -
     if not splits:
         return LabelledRows(np.empty(0, np.int64), {})
     found = reader.split_rows(*splits)
-    tables = {target.name: reader.labels(target.name)[found] for target in reader.labelling.targets}
+    targets = [target for target in reader.labelling.targets if target.kind in KINDS]
+    tables = {target.name: reader.labels(target.name)[found] for target in targets}
     known = {
-        target.name: Task(name=target.name, kind=target.kind)
-        .known(torch.from_numpy(tables[target.name]))
-        .numpy()
-        for target in reader.labelling.targets
+        target.name: task_of(target).known(torch.from_numpy(tables[target.name])).numpy()
+        for target in targets
     }
     named = " + ".join(splits)
     if len(found) == 0:
@@ -61,15 +60,6 @@ def labelled_rows(reader: Reader, splits: Sequence[str], tasks: Sequence[str]) -
         labels={task: tables[task][kept] for task in tasks},
         left_out=int((~kept).sum()),
     )
-
-
-def make_task(target: Target, train: LabelledRows) -> Task:
-    """A target as members learn it; a regression is standardised by the training rows."""
-    task = Task(name=target.name, kind=target.kind, classes=target.classes)
-    if target.kind != "regression":
-        return task
-    values = train.labels[target.name].astype(np.float64)
-    return replace(task, centre=float(np.nanmean(values)), scale=float(np.nanstd(values)) or 1.0)
 
 
 def feature_spec(reader: Reader, outputs: int, taps: str = "all") -> FeatureSpec:

@@ -49,7 +49,7 @@ from pipeline.runs.folder import (
 )
 from pipeline.side import METHODS
 from pipeline.side.contract import FeatureSpec, SideNetwork, TokenShape
-from pipeline.tasks.metrics import SCORES, Task
+from pipeline.tasks import KINDS, Task, task_from
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINT, SUMMARY, MEMBERS, COST = "checkpoint.pt", "summary.csv", "members", "cost.json"
@@ -81,7 +81,7 @@ class TrainedMember:
     @property
     def task(self) -> Task:
         """What it learned to predict."""
-        return Task.from_dict(self.card["target"])
+        return task_from(self.card["target"])
 
 
 class Run:
@@ -468,7 +468,7 @@ def position_of(member: str) -> int:
 
 def score_of(row: Mapping[str, str]) -> float | None:
     """The validation score that ranks, in a line of summary.csv."""
-    values = [row.get(f"val_{ranking}") for ranking, *_ in SCORES.values()]
+    values = [row.get(f"val_{next(iter(kind.scores))}") for kind in KINDS.values()]
     return number_of(next((value for value in values if value), ""))
 
 

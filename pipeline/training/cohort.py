@@ -24,7 +24,7 @@ from pipeline.process import undisturbed
 from pipeline.side import METHODS
 from pipeline.side.contract import FeatureSpec, SideNetwork
 from pipeline.side.settings import Settings
-from pipeline.tasks.metrics import Task
+from pipeline.tasks import Task
 from pipeline.training.drop_path import DropPath
 from pipeline.training.members import method_settings
 from pipeline.training.optim import MemberAdamW, learning_rate
@@ -167,8 +167,9 @@ def make_cohorts(
     """
     groups: dict[tuple[str, Settings, str], list[tuple[int, Member]]] = {}
     for position, member in enumerate(members):
-        if member.smoothing and tasks[member.task].kind == "regression":
-            raise SettingError(f"smoothing = {member.smoothing}: expected 0 for a regression")
+        task = tasks[member.task]
+        if member.smoothing and not task.smooths:
+            raise SettingError(f"smoothing = {member.smoothing}: expected 0 for a {task.kind}")
         key = (member.method, method_settings(member), member.task)
         groups.setdefault(key, []).append((position, member))
     cohorts = []

@@ -11,7 +11,7 @@ from pipeline.config import Member
 from pipeline.errors import RunError
 from pipeline.records import EpochDone, MemberResult, finite
 from pipeline.runs.run import Run, member_id, number_of, position_of
-from pipeline.tasks.metrics import SCORES, Scores, Task
+from pipeline.tasks import Scores, Task
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.cohort import Cohort
 from pipeline.training.optim import learning_rate
@@ -178,4 +178,4 @@ def summary_row(result: MemberResult) -> dict[str, Any]:
 def _columns(task: Task, scores: Scores | None) -> dict[str, float | None]:
     """Validation scores as metrics.jsonl and summary.csv name them."""
     values = {} if scores is None else {**scores.values, "loss": scores.loss}
-    return {f"val_{name}": values.get(name) for name in (*SCORES[task.kind], "loss")}
+    return {f"val_{name}": values.get(name) for name in (*task.scores, "loss")}

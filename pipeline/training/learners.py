@@ -18,7 +18,7 @@ from pipeline.features.operands import Batches
 from pipeline.features.residence import choose_resident
 from pipeline.records import Loading
 from pipeline.side.contract import FeatureSpec, SideNetwork
-from pipeline.tasks.metrics import Task
+from pipeline.tasks import Task
 from pipeline.training.cohort import Cohort, make_cohorts
 from pipeline.training.scoring import EVAL_BATCH
 

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.features.operands import Batch, Batches
 from pipeline.side.contract import SideNetwork
-from pipeline.tasks.metrics import Scores, Task
+from pipeline.tasks import Scores, Task
 from pipeline.training.workers import Workers
 
 EVAL_BATCH = 64
