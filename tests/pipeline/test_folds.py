@@ -108,7 +108,6 @@ def test_mean_and_deviation_over_folds(folded: Path, tmp_path: Path) -> None:
     result = train(train_config(folded, tmp_path / "run", *members))
     best, worst = over_folds(result.members)
     scores = [member.score for member in result.members[:5]]
-    assert best.members == [f"m{fold}" for fold in FOLDS] or worst.members[0] == "m0"
     first = best if best.members[0] == "m0" else worst
     assert first.mean == pytest.approx(np.mean(scores))
     assert first.deviation == pytest.approx(np.std(scores, ddof=1))
