@@ -24,7 +24,7 @@ from pipeline.runs.run import Run, TrainedMember
 from pipeline.sources.open import opener
 from pipeline.sources.source import Source
 from pipeline.tasks import Scores
-from pipeline.training.members import score
+from pipeline.training.scoring import score
 from pipeline.training.workers import Workers
 
 

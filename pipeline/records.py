@@ -139,13 +139,15 @@ class MemberResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What `train` did. `images_per_second` counts each training row once an epoch, however many
-    members learn from it; zero if the run was already finished."""
+    """What `train` did; nothing in no time if the run was already finished.
+
+    `images_per_second` counts each training row once an epoch, however many members learn from it.
+    """
 
     run: str
-    seconds: float
-    images_per_second: float
-    epochs_trained: int
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+    epochs_trained: int = 0
     members: list[MemberResult]
 
 

@@ -53,7 +53,7 @@ from pipeline.search.proposals import Proposals, open_proposals
 from pipeline.search.space import Space, read_space
 from pipeline.tasks import task_of
 from pipeline.train import train
-from pipeline.training.members import make_stacks
+from pipeline.training.cohort import make_cohorts
 
 Report = Callable[[SweepRecord], None]
 
@@ -100,7 +100,7 @@ class _Probe:
 
     def check(self, member: Member) -> None:
         """Raises SettingError or MissingTaps."""
-        make_stacks([member], self.spec, self.tasks, torch.device("cpu"), self.initial)
+        make_cohorts([member], self.spec, self.tasks, torch.device("cpu"), self.initial)
 
 
 class _Sweep:

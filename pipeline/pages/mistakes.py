@@ -22,7 +22,7 @@ from pipeline.features.labelled import labelled_rows
 from pipeline.features.operands import Batches
 from pipeline.runs.run import TrainedMember
 from pipeline.sources.source import Source
-from pipeline.training.members import EVAL_BATCH
+from pipeline.training.scoring import EVAL_BATCH
 
 THUMBNAIL = 160  # pixels, the longer side
 TEST = "test"
