@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -101,28 +102,19 @@ def evaluate(
     trained = [directory.load_member(m, chosen) for m in _choose(directory, members, task)]
     if open_images is not None:
         source = str(images)
-        scores = [
-            _live(member, open_images, split, weights, batch_size, workers, chosen, amp, report)
-            for member in trained
-        ]
+        live = partial(_live, open_images=open_images, split=split, weights=weights, device=chosen,
+                       amp=amp, batch_size=batch_size, workers=workers, report=report)  # fmt: skip
+        scores = [live(member) for member in trained]
     else:
         source = str(cache or directory.cache())
         scores = _cached(trained, source, split, chosen, amp, directory.environment(), report)
-    results = [
-        Evaluation(
-            run=str(run),
-            member=member.id,
-            task=member.task.name,
-            split=tuple(split),
-            live=images is not None,
-            scores=found.values,
-            loss=found.loss,
-            n=found.n,
-        )
-        for member, found in zip(trained, scores, strict=True)
-    ]
-    for result in results:
+    results = []
+    for member, found in zip(trained, scores, strict=True):
+        result = Evaluation(run=str(run), member=member.id, task=member.task.name,
+                            split=tuple(split), live=images is not None, scores=found.values,
+                            loss=found.loss, n=found.n)  # fmt: skip
         directory.write_evaluation({**result.to_dict(), "source": source})
+        results.append(result)
     return results
 
 
@@ -180,6 +172,7 @@ def _cached(
 
 def _live(
     trained: TrainedMember,
+    *,
     open_images: Callable[..., Source],
     split: Sequence[str],
     weights: str | Path | None,
