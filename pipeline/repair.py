@@ -23,6 +23,7 @@ from pipeline.errors import ImageError, SettingError, SourceError, some
 from pipeline.features.filling import Filling, Slots, fill
 from pipeline.features.writing import TokenBuffer, layout_of
 from pipeline.sources.open import open_source
+from pipeline.sources.source import REPAIR
 
 USUAL_BATCH = 64  # of caches that do not say with which they were begun
 
@@ -98,6 +99,7 @@ def _inputs(config: VerifyConfig, reader: Reader, rows: Sequence[int]) -> Slots:
         data_dir=config.data_dir,
         input_key=config.input_key,
         target_key=config.target_key,
+        advice=REPAIR,
     )
     place = {row.key: number for number, row in enumerate(source.rows)}
     digests = reader.source_sha256

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from cache import Reader
-from pipeline.config import Member, SweepConfig
+from pipeline.config import Member, Question, SweepConfig
 from pipeline.device import pick_device, pick_precision, precision_name
 from pipeline.errors import MissingTaps, RunError, SettingError
 from pipeline.features.labelled import feature_spec, initial_weights, labelled_rows
@@ -53,7 +53,7 @@ from pipeline.search.proposals import Proposals, open_proposals
 from pipeline.search.space import Space, read_space
 from pipeline.tasks import task_of
 from pipeline.train import train
-from pipeline.training.members import make_stacks
+from pipeline.training.cohort import make_cohorts
 
 Report = Callable[[SweepRecord], None]
 
@@ -94,13 +94,13 @@ class _Probe:
 
     def __init__(self, reader: Reader, task: str, taps: str) -> None:
         self.task = task_of(reader.target(task or None))
-        self.tasks = {task: self.task}  # by the name that members have, which may be ""
+        self.tasks = {Question(task): self.task}  # by the name that members have, which may be ""
         self.spec = feature_spec(reader, self.task.outputs, taps)
         self.initial = initial_weights(reader)
 
     def check(self, member: Member) -> None:
         """Raises SettingError or MissingTaps."""
-        make_stacks([member], self.spec, self.tasks, torch.device("cpu"), self.initial)
+        make_cohorts([member], self.spec, self.tasks, torch.device("cpu"), self.initial)
 
 
 class _Sweep:

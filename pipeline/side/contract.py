@@ -85,7 +85,7 @@ class SideNetwork(nn.Module):
 
     method: ClassVar[str]
     settings_class: ClassVar[type[Settings]]
-    stacked_on_cpu: ClassVar[int] = 2  # members; more stacks than cores keep all cores busy
+    together_on_cpu: ClassVar[int] = 2  # members; more cohorts than cores keep all cores busy
     reads: tuple[str, ...]
 
     def __init__(self, spec: FeatureSpec, settings: Any, seeds: Sequence[int]) -> None:

@@ -67,7 +67,7 @@ class Linear(SideNetwork):
 
     method = "linear"
     settings_class = LinearSettings
-    stacked_on_cpu = 64  # so small that dispatching it costs more than computing it
+    together_on_cpu = 64  # so small that dispatching it costs more than computing it
 
     def __init__(self, spec: FeatureSpec, settings: LinearSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)

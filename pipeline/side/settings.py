@@ -16,7 +16,7 @@ from pipeline.setting import setting, settings_of, wrong_choices
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings that decide a network's shape; members that share them are stacked.
+    """The settings that decide a network's shape; members that share them train together.
 
     A setting's help is a phrase without a full stop: the names of the methods that have it come in
     front. Raises ValueError on an impossible value when it is made.
