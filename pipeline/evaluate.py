@@ -6,8 +6,8 @@ The test split is read here and nowhere else. What was measured is appended to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -59,9 +59,18 @@ class Evaluated:
     total: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheChanged:
+    """Reported if the cache is not what the run was trained from: whether its `features` are
+    others, whether other things are asked of its rows (`labelling`)."""
+
+    features: bool
+    labelling: bool
+
+
 @without_tf32()
 def evaluate(
-    config: EvaluateConfig, report: Callable[[Evaluated], None] = lambda _: None
+    config: EvaluateConfig, report: Callable[[Evaluated | CacheChanged], None] = lambda _: None
 ) -> list[Evaluation]:
     """Score members of a run on a split; by default the best on validation, of each task or of one.
 
@@ -83,7 +92,7 @@ def evaluate(
         scores = [_live(member, open_images, config, device, report) for member in trained]
     else:
         source = str(config.cache or run.cache())
-        scores = _cached(trained, source, config, device)
+        scores = _cached(trained, source, config, device, run.environment(), report)
     results = []
     for member, found in zip(trained, scores, strict=True):
         result = Evaluation(
@@ -120,15 +129,30 @@ def _choose(run: Run, config: EvaluateConfig) -> list[str]:
     rows = run.summary()
     if members == ("all",) or not (members or run.config().val_split):
         return [row["id"] for row in rows if task in (None, row["task"])]
-    return list(members) or [run.best_member(name) for name in ([task] if task else run.tasks())]
+    if members:
+        return list(members)
+    tasks = [task] if task else run.tasks()
+    return [member for name in tasks for member in run.best_members(name)]
 
 
 def _cached(
-    trained: Sequence[TrainedMember], location: str, config: EvaluateConfig, device: torch.device
+    trained: Sequence[TrainedMember],
+    location: str,
+    config: EvaluateConfig,
+    device: torch.device,
+    noted: Mapping[str, Any],
+    report: Callable[[Evaluated | CacheChanged], None],
 ) -> list[Scores]:
     with Reader(location) as reader, Workers(len(trained), device) as workers:
+        changed = CacheChanged(
+            features=not reader.is_known_as(noted["fingerprint"]),
+            labelling=noted.get("labelling", reader.labelling_digest) != reader.labelling_digest,
+        )
+        if changed.features or changed.labelling:
+            report(changed)
         for member in trained:
             _check_fit(member, reader)
+            _refuse_learned_rows(member, reader, config.split)
         tasks = list(dict.fromkeys(member.task.name for member in trained))
         rows = labelled_rows(reader, config.split, tasks)
         networks = [member.network for member in trained]
@@ -136,7 +160,7 @@ def _cached(
         if config.amp is not None:
             dtype = pick_precision(device, config.amp)
         batches = Batches(reader, rows, networks, device=device, dtype=dtype)
-        entries = [(i, member.network, member.task) for i, member in enumerate(trained)]
+        entries = [(i, m.network, replace(m.task, fold=None)) for i, m in enumerate(trained)]
         return [scores for (scores,) in score(entries, batches, workers)]
 
 
@@ -164,22 +188,34 @@ def _live(
     return tally.scores()[0]
 
 
+def _refuse_learned_rows(trained: TrainedMember, reader: Reader, split: Sequence[str]) -> None:
+    """A member that learned by folds has seen the rows of the others."""
+    if trained.task.fold is None or not reader.labelling.folds:
+        return
+    if (reader.folds[reader.split_rows(*split)] >= 0).any():
+        raise RunError(
+            f"member {trained.id} learned by folds, and folds divide {' + '.join(split)}: it has "
+            f"seen most of it. Expected a split outside of the folds, such as test"
+        )
+
+
 def _check_fit(trained: TrainedMember, reader: Reader) -> None:
     """Another cache will do if it was made the same way, for the same target."""
     card, manifest, task = trained.card, reader.manifest, trained.task
-    if card["cache_fingerprint"] == reader.fingerprint:
-        return
-    learned = trained.network.spec.taps
-    found = feature_spec(reader, task.outputs).taps
     target = reader.target(task.name)
-    both = [tap for tap in learned if tap in found]
     pairs: dict[str, tuple[Any, Any]] = {
-        "backbone": (card["backbone"], manifest.identity["backbone"]),
-        "preprocessing": (card["preprocessing"], manifest.identity["preprocessing"]),
         "classes": (list(task.classes), list(target.classes)),
         "kind of target": (task.kind, target.kind),
-        "shapes": ([learned[tap] for tap in both], [found[tap] for tap in both]),
     }
+    if not reader.is_known_as(card["cache_fingerprint"]):
+        learned = trained.network.spec.taps
+        found = feature_spec(reader, task.outputs).taps
+        both = [tap for tap in learned if tap in found]
+        pairs |= {
+            "backbone": (card["backbone"], manifest.identity["backbone"]),
+            "preprocessing": (card["preprocessing"], manifest.identity["preprocessing"]),
+            "shapes": ([learned[tap] for tap in both], [found[tap] for tap in both]),
+        }
     differing = [name for name, (learned, came) in pairs.items() if learned != came]
     if differing:
         told = "\n  ".join(

@@ -11,9 +11,8 @@ from pipeline.backbones.behind import go_live
 from pipeline.config import PredictConfig
 from pipeline.device import pick_device
 from pipeline.runs.run import Run, TrainedMember
-from pipeline.sources.decode import REPAIR
 from pipeline.sources.folders import photos
-from pipeline.sources.source import FileSource, Row
+from pipeline.sources.source import REPAIR, FileSource, Row
 from pipeline.tasks import Answer
 
 

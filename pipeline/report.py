@@ -16,12 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from cache import CacheError
 from pipeline.config import Member, PassConfig, ReportConfig, TrainConfig
 from pipeline.device import pick_device
-from pipeline.errors import PipelineError, RunError
+from pipeline.errors import PipelineError, RunError, needed_for
 from pipeline.pages.leaderboard import (
     Loaded,
     Trained,
@@ -40,6 +38,10 @@ from pipeline.side import METHODS
 from pipeline.sources.open import opener
 from pipeline.sources.source import Source
 from pipeline.tasks import KINDS
+
+with needed_for("a report", extra="report"):
+    import jinja2
+    import PIL  # noqa: F401  for thumbnails: told before anything is computed
 
 PAGES = Path(__file__).parent / "pages"
 

@@ -73,10 +73,7 @@ def publish(path: Path, journal: Journal) -> None:
     text = canonical_json({**head, "check": _check(head, data)}).encode()
     there = journal_path(path)
     partial = there.with_name(f"{there.name}.partial")  # there is one writer
-    with partial.open("wb") as file:
-        fd = file.fileno()
-        files.write_all(fd, memoryview(_MAGIC + b"\n" + text + b"\n" + data), 0)
-        os.fsync(fd)
+    files.write_new(partial, memoryview(_MAGIC + b"\n" + text + b"\n" + data))
     partial.rename(there)
     files.sync_folder(path.parent)
 

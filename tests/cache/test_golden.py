@@ -1,6 +1,7 @@
 """Caches of format version 1 stay readable, to the same numbers, for ever."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import Reader, decode, inspect, verify
+from cache import (
+    Labelling,
+    Reader,
+    Target,
+    Writer,
+    decode,
+    encode_keys,
+    inspect,
+    match,
+    verify,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FINGERPRINT = "b83f8add26bf8b04957fa57b504da67c52386a112e71e41fb703e176404134a9"
@@ -130,3 +141,124 @@ def test_todays_writer_makes_the_golden_content(name, tmp_path):
         assert reader.content == content
         assert reader.fingerprint == FINGERPRINT_2
         assert reader.labelling_digest == Reader(GOLDEN / name).labelling_digest
+
+
+# ---- version 1 brought forward -------------------------------------------------------------------
+
+
+@pytest.fixture(params=CASES)
+def copied(request, tmp_path):
+    """A golden cache that may be changed."""
+    source, copy = GOLDEN / request.param, tmp_path / request.param
+    shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
+    return copy
+
+
+def asked_anew():
+    """Another labelling of the golden rows, and its tables."""
+    target = Target(name="colour", classes=("red", "blue"))
+    labelling = Labelling(rows=5, targets=(target,), splits=("a", "b", "c"), folds=2)
+    tables = {
+        "labels/colour": np.array([1, 0, -1, 1, 0]),
+        "split": np.array([2, 1, 0, -1, 2], np.int16),
+        "fold": np.array([0, 1, 0, 1, -1], np.int16),
+    }
+    return labelling, tables
+
+
+def brought_forward(location, content):
+    """What holds of a version-1 cache after any change of it."""
+    found = inspect(location)
+    assert (found.format_version, found.content) == (2, content)
+    with Reader(location) as reader:
+        assert reader.manifest.formerly == FINGERPRINT
+        assert reader.is_known_as(FINGERPRINT)
+        assert reader.fingerprint == FINGERPRINT_2
+        assert reader.skipped == {3: "truncated image"}
+        assert reader.final_norm["eps"] == 1e-6
+        np.testing.assert_array_equal(reader.final_norm["weight"], [0, 1, 2, 3])
+    assert verify(location).ok and verify(location).complete
+
+
+def test_a_version_1_cache_is_labelled(copied):
+    storage, content = CASES[copied.name]
+    labelling, tables = asked_anew()
+    with Reader(copied) as old:
+        before, digest = old.labelling_digest, labelling.digest(old.keys, old.source_sha256, tables)
+        with Writer.resume(copied) as writer:
+            writer.label(labelling, tables, digest)
+        np.testing.assert_array_equal(old.labels("label"), [0, 1, 0, 1, 0])  # it is open since
+        np.testing.assert_array_equal(old.split, [0, 0, 0, 1, 1])
+    brought_forward(copied, content)
+    with Reader(copied) as reader:
+        assert reader.labelling_digest == digest
+        assert reader.labelling.history == (before, digest)
+        for name, table in tables.items():
+            np.testing.assert_array_equal(reader.labelling_table(name), table)
+        np.testing.assert_array_equal(
+            decode(reader.read([4, 0], view=1), storage),
+            decode(Reader(GOLDEN / copied.name).read([4, 0], view=1), storage),
+        )
+    with Writer.resume(copied) as writer:  # and again: version 1's tables go
+        writer.label(labelling, tables, digest)
+    brought_forward(copied, content)
+    if copied.is_dir():
+        assert not (copied / "labels").exists() and not (copied / "split").exists()
+
+
+def test_a_version_1_cache_is_extended(copied):
+    storage, content = CASES[copied.name]
+    with Reader(copied) as old:
+        before, old_sha, old_keys = old.labelling_digest, old.source_sha256, old.keys
+    more = make().values(storage)[:3]
+    sha = np.full((3, 32), 9, np.uint8) + np.arange(3, dtype=np.uint8)[:, None]
+    with Writer.resume(copied) as writer:
+        added = writer.extend({"keys": encode_keys(["x", "y", "z"]), "source_sha256": sha})
+        assert added == range(5, 8)
+        brought_forward(copied, content)  # its labelling is version 1's, still
+        assert inspect(copied).labelling == before
+        for slots in writer.pending:
+            writer.write(slots.start, {"tokens": more[slots.start - 5 : slots.stop - 5]})
+    brought_forward(copied, content)
+    with Reader(copied) as reader:
+        assert (reader.rows, reader.manifest.parts) == (5, (5, 3))
+        assert reader.labelling_digest == before
+        found = match(reader, ["y", *old_keys], np.concatenate([sha[1:2], old_sha]))
+        assert found.slots.tolist() == [6, 0, 1, 2, 3, 4]
+    order = np.array([7, 2, 5, 0, 6])
+    labelling, tables = asked_anew()
+    digest = labelling.digest(
+        ["z", "2.png", "x", "0.png", "y"],
+        np.concatenate([sha[[2]], old_sha[[2]], sha[[0]], old_sha[[0]], sha[[1]]]),
+        tables,
+    )
+    with Writer.resume(copied) as writer:
+        writer.label(labelling, {**tables, "slots": order}, digest)
+    with Reader(copied) as reader:
+        assert reader.keys == ["z", "2.png", "x", "0.png", "y"]
+        expected = np.concatenate([make().values(storage), more])[order]
+        for view in (0, 1):
+            np.testing.assert_array_equal(reader.read(range(5), view=view), expected[:, view])
+        assert reader.is_known_as(FINGERPRINT) and reader.skipped == {}
+    assert verify(copied).ok
+
+
+def test_a_version_1_cache_is_repaired_and_stays_of_version_1(copied):
+    storage, content = CASES[copied.name]
+    container = Reader(copied).container
+    extents = container.slots("tokens", 1)
+    with extents.path.open("r+b") as file:
+        file.seek(int(extents.offsets[0, 1]))
+        file.write(b"\x12\x34")
+    (damage,) = verify(copied).damaged
+    assert (damage.row, damage.key) == (2, "2.png")
+    with Writer.resume(copied) as writer:
+        assert writer.pending == []
+        assert writer.replace(2, {"tokens": make().values(storage)[2:3]}) is True
+    found = inspect(copied)
+    assert (found.format_version, found.content) == (1, content)
+    assert verify(copied).ok
+
+
+def test_the_golden_caches_were_not_touched(copied):
+    assert Reader(GOLDEN / copied.name).container.format_version == 1

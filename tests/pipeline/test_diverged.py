@@ -162,8 +162,8 @@ def test_a_mean_does_not_hide_a_member_without_score(diverged: Path) -> None:
     assert mean_and_deviation([good])["r2"] == (good.scores["r2"], 0.0)
     assert mean_and_deviation([good, bad])["r2"] is None
     told = run("evaluate", diverged, "--member", "m4,m5", "--device", "cpu").stdout.splitlines()
-    assert told[0].endswith("m4, test: R² –, mean absolute error –, loss –, n = 6")
-    assert told[2].endswith("mean of 2 members: R² –, mean absolute error –")
+    assert told[0].endswith("m4, test: r2 –, mae –, loss –, n = 6")
+    assert told[2].endswith("mean of 2 members: r2 –, mae –")
 
 
 @pytest.mark.usefixtures("no_hub")
