@@ -275,7 +275,7 @@ def test_the_recorder_finds_a_forgotten_journal(tmp_path, disk, monkeypatch, for
     def publish(path: Path, change: journal.Journal) -> None:
         if forgotten == "it stays":
             real(path, change)
-            os.unlink(journal.journal_path(path))
+            journal.journal_path(path).unlink()
 
     monkeypatch.setattr(journal, "publish", publish)
     with pytest.raises(AssertionError, match="written over before"):
