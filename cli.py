@@ -11,27 +11,27 @@ import dataclasses
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import __version__
+from pipeline.config import (
+    CopyConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    LabelConfig,
+    PassConfig,
+    PredictConfig,
+    ReportConfig,
+    SweepConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from pipeline.setting import settings_of
 from pipeline.terminal import results
 from pipeline.terminal.exits import Sidecache
-from pipeline.terminal.flags import (
-    STORAGE_TYPES,
-    CommaList,
-    ImageSize,
-    Names,
-    Triple,
-    Words,
-    compute_options,
-    config_option,
-    dataset_options,
-    gather_options,
-    json_option,
-    pass_options,
-)
+from pipeline.terminal.flags import config_option, flags, json_option, member_flags, refit_option
 from pipeline.terminal.progress import (
     Progress,
     copying,
@@ -42,7 +42,10 @@ from pipeline.terminal.progress import (
     training,
     verifying,
 )
-from pipeline.terminal.tables import print_json, varying
+from pipeline.terminal.tables import print_json
+
+if TYPE_CHECKING:
+    from pipeline.refit import RefitResult
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -64,54 +67,7 @@ def main() -> None:
 # --- stage one --------------------------------------------------------------------------------
 
 
-@main.command()
-@click.argument("images")
-@click.option("--model", required=True, help="timm's name of a backbone (`sidecache models`).")
-@click.option("--out", required=True, help="The cache: a folder F.zarr or a file F.h5.")
-@click.option("--weights", type=click.Path(), help="Weights from a file, not the hub.")
-@click.option("--pretrained/--no-pretrained", default=True, help="Random weights, from --seed.")
-@click.option("--split", type=Names(), help="Only these splits, e.g. train,val.")
-@dataset_options
-@click.option("--dataset-download", is_flag=True, help="Let torch/… fetch what is not there.")
-@click.option("--taps", default="all", show_default=True, help="all, 0,3,6, every:N or last:N.")
-@gather_options
-@click.option(
-    "--dtype",
-    type=click.Choice(STORAGE_TYPES),
-    default="float16",
-    show_default=True,
-    help="Storage type; int8 has one scale a token.",
-)
-@click.option(
-    "--ladder-init",
-    type=click.Choice(["magnitude", "fisher"]),
-    help="Keep pruned backbone weights for LST to start from.",
-)
-@click.option("--reduction", default=8, show_default=True, help="LST's r, with --ladder-init.")
-@click.option(
-    "--keep-layers", default="all", show_default=True, help="LST's layers, with --ladder-init."
-)
-@click.option(
-    "--fisher-samples", default=1024, show_default=True, help="Training images weighed by."
-)
-@click.option("--img-size", type=ImageSize(), help="Input side.  [default: the model's own]")
-@click.option("--crop-pct", type=float, help="Share kept by the centre crop.")
-@click.option("--crop-mode", type=click.Choice(["center", "squash", "border"]))
-@click.option("--interpolation", help="bicubic, bilinear, …")
-@click.option("--mean", type=Triple(), help="Normalisation mean.")
-@click.option("--std", type=Triple(), help="Normalisation deviation.")
-@click.option("-b", "--batch-size", default=64, show_default=True)
-@click.option("-j", "--workers", default=2, show_default=True, help="Decoding processes.")
-@compute_options
-@click.option("--seed", default=0, show_default=True, help="Of --no-pretrained's weights.")
-@click.option(
-    "--on-error",
-    type=click.Choice(["raise", "skip"]),
-    default="raise",
-    show_default=True,
-    help="What an unreadable image does.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace a cache of another identity.")
+@main.command(params=flags(ExtractConfig))
 @json_option
 @config_option
 def extract(as_json: bool, **values: Any) -> None:
@@ -120,14 +76,14 @@ def extract(as_json: bool, **values: Any) -> None:
     IMAGES is a folder with a folder per class (or train/, val/, test/ above those), a CSV with
     path,label[,split], a VTAB-1K task folder, a .tar, or a timm dataset string. In place of label,
     a CSV may have any of label:NAME, labels:NAME (a;b) and value:NAME. Run the same command
-    again to continue after an interruption; a complete cache is left alone.
+    again to continue after an interruption; a complete cache is left alone. --update computes
+    images that are new or changed since, and those alone.
 
     \b
     Example:
       sidecache extract photos/ --model vit_base_patch16_224 --out photos.zarr
     """
     from pipeline import extract as stage
-    from pipeline.config import ExtractConfig
 
     config = ExtractConfig(**values)
     with Progress() as progress:
@@ -157,38 +113,66 @@ def inspect(cache: str, as_json: bool) -> None:
         results.show_inspect(cache, found)
 
 
-@main.command()
-@click.argument("cache")
+@main.command(params=flags(VerifyConfig))
 @json_option
-def verify(cache: str, as_json: bool) -> None:
+def verify(as_json: bool, **values: Any) -> None:
     """Recompute every checksum of a cache; name the files and rows that are damaged.
 
-    Exits with 1 if anything is damaged.
+    With --repair, damaged rows are computed again, and nothing else. Exits with 1 if anything is
+    damaged, or stays so.
 
     \b
-    Example:
+    Examples:
       sidecache verify photos.zarr
+      sidecache verify photos.zarr --repair photos/
     """
     from cache import verify as verify_cache
 
+    config = VerifyConfig(**values)
     with Progress() as progress:
-        result = verify_cache(cache, verifying(progress))
+        repaired = None
+        if config.repair is not None:
+            from pipeline.repair import repair
+
+            repaired = repair(config, verifying(progress))
+        result = verify_cache(config.cache, verifying(progress))
     if as_json:
-        print_json(results.verify_json(result))
+        print_json(results.verify_json(result, repaired))
     else:
-        results.show_verify(cache, result)
+        results.show_verify(config.cache, result, repaired)
     if not result.ok:
         raise SystemExit(1)
 
 
-@main.command()
-@click.argument("src")
-@click.argument("dst")
-@click.option("--taps", default="all", show_default=True, help="all, 0,3,6, every:N or last:N.")
-@gather_options
-@click.option("--dtype", type=click.Choice(STORAGE_TYPES), help="Storage type.  [default: SRC's]")
-@click.option("--split", type=Names(), help="Only these splits, e.g. train,val.")
-@click.option("--overwrite", is_flag=True, help="Replace a cache of another identity.")
+@main.command(params=flags(LabelConfig))
+@click.option("--show", is_flag=True, help="Print the labelling as CSV; change nothing.")
+@json_option
+def label(as_json: bool, show: bool, **values: Any) -> None:
+    """Ask other things of a cache's rows: labels, splits, groups, folds. No feature is computed.
+
+    SOURCE is a list, .csv or .tsv with path or key and any of label, label:NAME, labels:NAME,
+    value:NAME, split, fold; or anything that `extract` takes. What it does not speak of stays. The
+    labelling is replaced in one step.
+
+    \b
+    Examples:
+      sidecache label photos.zarr corrected.csv
+      sidecache label photos.zarr --folds 5 --stratify
+      sidecache label photos.zarr --show > labels.csv
+    """
+    from pipeline import label as stage
+
+    if show:
+        results.print_labelling(stage.columns_of(values["cache"]))
+        return
+    result = stage.label(LabelConfig(**values))
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        results.show_label(result)
+
+
+@main.command(params=flags(CopyConfig))
 @json_option
 def copy(as_json: bool, **values: Any) -> None:
     """Make a smaller cache DST from the cache SRC: fewer taps, their sum, another storage type.
@@ -201,7 +185,6 @@ def copy(as_json: bool, **values: Any) -> None:
       sidecache copy photos.zarr sums.h5 --gather sum --dtype int8
     """
     from pipeline import copy as stage
-    from pipeline.config import CopyConfig
 
     config = CopyConfig(**values)
     with Progress() as progress:
@@ -215,62 +198,11 @@ def copy(as_json: bool, **values: Any) -> None:
 # --- stage two --------------------------------------------------------------------------------
 
 
-@main.command()
-@click.argument("cache")
-@click.option(
-    "--method", type=CommaList(str), required=True, help="last, lst, miet, attentive, linear."
-)
-@click.option("--out", required=True, help="The run directory to make, or to continue.")
-@click.option("--lr", type=CommaList(float), help="Learning rate.")
-@click.option("--weight-decay", type=CommaList(float), help="Not on biases and norms.")
-@click.option("--epochs", type=CommaList(int), help="With the warm-up.")
-@click.option("--warmup-epochs", type=CommaList(int), help="The first of the epochs.")
-@click.option("--warmup-lr", type=CommaList(float), help="Where the warm-up begins.")
-@click.option("--sched", type=CommaList(str), help="cosine or constant.")
-@click.option("--drop-path", type=CommaList(float), help="Of each residual branch and image.")
-@click.option("--smoothing", type=CommaList(float), help="Label smoothing.")
-@click.option("--seed", type=CommaList(int), help="Initialisation and drop-path.")
-@click.option("--task", type=CommaList(str), help="Targets to learn.  [default: the cache's first]")
-@click.option("--pool", type=CommaList(str), help="mean (patch tokens), cls; linear: clsmean.")
-@click.option("--rank", type=CommaList(int), help="last, miet: R.")
-@click.option("--heads", type=CommaList(int), help="last, miet, attentive: attention heads.")
-@click.option("--gap", type=CommaList(int), help="last: blocks per group.")
-@click.option("--depth", type=CommaList(int), help="last: modules per group.")
-@click.option("--modules", type=CommaList(int), help="miet: attention modules.")
-@click.option("--head", type=CommaList(str), help="miet: sum, or last (zk's pooled token).")
-@click.option("--k", type=CommaList(int), help="miet: sum z0 … zk.")
-@click.option("--gather", type=CommaList(str), help="miet: sum or normsum.")
-@click.option("--groups", type=CommaList(int), help="miet: number of sums.")
-@click.option("--reduction", type=CommaList(int), help="lst: r.")
-@click.option(
-    "--keep-layers", type=Words(), help="lst: all, every:2, last:3 or 1,2,3; several: spaces."
-)
-@click.option("--init", type=CommaList(str), help="lst: random or pruned.")
-@click.option("--temperature", type=CommaList(float), help="lst: of the gates.")
-@click.option("--mlp-ratio", type=CommaList(float), help="attentive: of the feed-forward block.")
-@click.option("--tap", type=CommaList(int), help="linear: the deepest tap it reads.")
-@click.option("--last-n", type=CommaList(int), help="linear: that many taps up to it.")
-@click.option("--merge", type=CommaList(str), help="linear: concat or mean of several taps.")
-@pass_options
+@main.command(params=flags(PassConfig, member_flags()))
+@refit_option
 @json_option
 @config_option
-def train(
-    cache: str,
-    method: list[str],
-    out: str,
-    taps: str,
-    train_split: tuple[str, ...],
-    val_split: tuple[str, ...],
-    batch_size: int,
-    order_seed: int,
-    resident: str,
-    device: str,
-    amp: bool | None,
-    refit: list[int] | None,
-    overwrite: bool,
-    as_json: bool,
-    **axes: list[Any] | None,
-) -> None:
+def train(as_json: bool, method: list[str], refit: list[int] | None, **values: Any) -> None:
     """Train side networks from CACHE alone; no backbone is loaded.
 
     Every setting takes a comma list, and lists multiply: all members train in one pass. Settings
@@ -282,93 +214,33 @@ def train(
       sidecache train photos.zarr --method last --lr 1e-3,4e-3 --out runs/last
     """
     from pipeline import train as stage
-    from pipeline.config import TrainConfig
     from pipeline.training.members import make_members
 
-    chosen = {name: values for name, values in axes.items() if values is not None}
-    config = TrainConfig(
-        cache=cache,
-        out=out,
-        members=make_members(method, chosen),
-        taps=taps,
-        train_split=train_split,
-        val_split=val_split,
-        batch_size=batch_size,
-        order_seed=order_seed,
-        resident=resident,
-        device=device,
-        amp=amp,
-        overwrite=overwrite,
-    )
+    shared = {name: values.pop(name) for name in settings_of(PassConfig)}
+    axes = {name: chosen for name, chosen in values.items() if chosen is not None}
+    config = TrainConfig(members=make_members(method, axes), **shared)
     with Progress() as progress:
         result = stage.train(config, training(progress))
-        refitted = _refit(progress, out, refit, overwrite) if refit else None
+        refitted = _refit(progress, config, refit)
     if as_json:
-        values = dataclasses.asdict(result)
-        values["members"] = [member.to_dict() for member in result.members]
-        print_json({**values, "refit": refitted} if refitted else values)
+        found = dataclasses.asdict(result)
+        found["members"] = [member.to_dict() for member in result.members]
+        print_json(found | ({"refit": refitted.to_dict()} if refitted else {}))
     else:
-        results.show_train(out, result, refitted)
+        results.show_train(config.out, result, refitted)
 
 
-def _refit(progress: Progress, out: str, seeds: list[int], overwrite: bool) -> dict[str, Any]:
-    """Choose by validation, train on train + val; what `--json` shows of it."""
-    from pipeline.refit import refit as refit_winners
-    from pipeline.refit import winners
-    from pipeline.runs.run import Run
+def _refit(progress: Progress, config: PassConfig, seeds: list[int] | None) -> RefitResult | None:
+    if not seeds:
+        return None
+    from pipeline.refit import choose_and_refit
 
-    run = Run(out)
-    winning = winners(run)
-    result = refit_winners(
-        run,
-        seeds,
-        winning,
-        training(progress, "refitting"),
-        overwrite=overwrite,
-    )
-    open_settings = varying([member.all_settings for member in run.config().members])
-    return {
-        "run": result.run,
-        "seeds": list(seeds),
-        "seconds": result.seconds,
-        "winners": [
-            {
-                "task": winner.task,
-                "method": winner.member.method,
-                "settings": {k: v for k, v in winner.member.all_settings.items() if k != "seed"},
-                "chosen": [
-                    n for n in open_settings if n != "seed" and n in winner.member.all_settings
-                ],
-                "val": winner.score,
-                "val_deviation": winner.deviation,
-                "val_seeds": list(winner.seeds),
-            }
-            for winner in winning
-        ],
-    }
+    report = training(progress, "refitting")
+    return choose_and_refit(config.out, seeds, report, overwrite=config.overwrite)
 
 
-@main.command()
-@click.argument("cache")
-@click.option(
-    "--space",
-    type=click.Path(exists=True, dir_okay=False),
-    required=True,
-    help="YAML file: setting: value, list of values, or {low, high, log, step}.",
-)
-@click.option("--out", required=True, help="The run directory to make, or to continue.")
-@click.option("--trials", type=int, help="Members to propose.  [default with grid: all]")
-@click.option(
-    "--sampler",
-    type=click.Choice(["tpe", "random", "grid"]),
-    default="tpe",
-    show_default=True,
-    help="tpe learns from earlier rounds; grid tries every combination.",
-)
-@click.option("--sampler-seed", default=0, show_default=True, help="Same seed, same proposals.")
-@click.option("--at-once", default=16, show_default=True, help="Members trained in one pass.")
-@click.option("--halving", is_flag=True, help="Stop members early that lag behind others.")
-@pass_options
+@main.command(params=flags(SweepConfig))
+@refit_option
 @json_option
 @config_option
 def sweep(as_json: bool, refit: list[int] | None, **values: Any) -> None:
@@ -384,35 +256,18 @@ def sweep(as_json: bool, refit: list[int] | None, **values: Any) -> None:
     """
     from pipeline import sweep as stage
 
-    config = stage.SweepConfig(**values)
+    config = SweepConfig(**values)
     with Progress() as progress:
         result = stage.sweep(config, searching(progress))
-        refitted = _refit(progress, config.out, refit, config.overwrite) if refit else None
+        refitted = _refit(progress, config, refit)
     if as_json:
         found = dataclasses.asdict(result)
-        print_json({**found, "refit": refitted} if refitted else found)
+        print_json(found | ({"refit": refitted.to_dict()} if refitted else {}))
     else:
         results.show_sweep(config.out, result, refitted)
 
 
-@main.command()
-@click.argument("run")
-@click.argument("images", required=False)
-@click.option(
-    "--member",
-    "members",
-    type=Names(),
-    default=(),
-    help="Member ids, or all.  [default: the best on validation; all of a refit]",
-)
-@click.option("--task", help="Of a run with several.  [default: the best member of each]")
-@click.option("--cache", help="Another cache than the run's own.")
-@click.option("--split", type=Names(), default="test", show_default=True)
-@dataset_options
-@click.option("--weights", type=click.Path(), help="Backbone weights, with IMAGES.")
-@click.option("-b", "--batch-size", default=64, show_default=True, help="With IMAGES.")
-@click.option("-j", "--workers", default=2, show_default=True, help="With IMAGES.")
-@compute_options
+@main.command(params=flags(EvaluateConfig))
 @json_option
 def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None:
     """Score trained members of RUN on a split: from the cache, or live from IMAGES.
@@ -433,15 +288,7 @@ def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None
         results.show_evaluate(run, evaluations)
 
 
-@main.command()
-@click.argument("runs", nargs=-1, required=True)
-@click.option(
-    "--out", type=click.Path(dir_okay=False), help="The page.  [default: RUN/report.html]"
-)
-@click.option("--member", help="Look closely at this one.  [default: the best on validation]")
-@click.option("--images", help="The cache's images, as in `extract`: thumbnails of mistakes.")
-@dataset_options
-@compute_options
+@main.command(params=flags(ReportConfig))
 @json_option
 def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:
     """Write one page about finished RUNS: leaderboard, curves, settings, mistakes, cost.
@@ -463,17 +310,8 @@ def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:
         results.show_report(written)
 
 
-@main.command()
-@click.argument("run")
-@click.argument("photos", nargs=-1, required=True)
-@click.option("--top-k", default=5, show_default=True)
+@main.command(params=flags(PredictConfig))
 @click.option("--csv", "csv_file", type=click.Path(dir_okay=False), help="Write a CSV instead.")
-@click.option("--member", help="Member id.  [default: the best on validation]")
-@click.option("--task", help="Whose best member, in a run of several tasks.")
-@click.option("--weights", type=click.Path(), help="Backbone weights from a file.")
-@click.option("-b", "--batch-size", default=64, show_default=True)
-@click.option("-j", "--workers", default=0, show_default=True, help="Decoding processes.")
-@compute_options
 @json_option
 def predict(
     run: str, photos: tuple[str, ...], csv_file: str | None, as_json: bool, **values: Any

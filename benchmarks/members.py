@@ -87,7 +87,8 @@ def train_loop(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     import torch
 
     from cache import Reader
-    from pipeline.features.operands import Batches, feature_spec, labelled_rows
+    from pipeline.features.labelled import feature_spec, labelled_rows
+    from pipeline.features.operands import Batches
     from pipeline.side import METHODS
 
     reader = Reader(cache)

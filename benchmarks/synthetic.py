@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cache import Manifest, Stack, Target, Writer, encode_keys
+from cache import Labelling, Manifest, Stack, Target, Writer, encode_keys
 
 CLASSES = 10
 
@@ -39,7 +39,7 @@ def write_features(location: Path, *, rows: int, taps: int, tokens: int, dim: in
     manifest = Manifest(
         identity={"features": "random", "seed": 0},
         storage="float16",
-        rows=rows,
+        parts=(rows,),
         stacks=(
             Stack(
                 name="tokens",
@@ -49,10 +49,10 @@ def write_features(location: Path, *, rows: int, taps: int, tokens: int, dim: in
                 dim=dim,
             ),
         ),
-        targets=(Target(name="label", classes=classes),),
-        splits=("train",),
         final_norm={"kind": "layer", "eps": 1e-6},
     )
+    target = Target(name="label", classes=classes)
+    labelling = Labelling(rows=rows, targets=(target,), splits=("train",))
     tables = {
         "keys": encode_keys([f"{row:06d}" for row in range(rows)]),
         "labels/label": random.integers(0, CLASSES, rows),
@@ -60,7 +60,7 @@ def write_features(location: Path, *, rows: int, taps: int, tokens: int, dim: in
         "final_norm/weight": np.ones(dim, np.float32),
         "final_norm/bias": np.zeros(dim, np.float32),
     }
-    with Writer(location, manifest, tables) as writer:
+    with Writer(location, manifest, labelling, tables) as writer:
         for run in writer.pending:
             for row in run:
                 values = random.standard_normal((1, 1, taps, tokens, dim), np.float32)

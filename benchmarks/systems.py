@@ -135,32 +135,34 @@ def train_members(
 
     from cache import Reader
     from pipeline.config import Member
-    from pipeline.features.operands import Batches, feature_spec, labelled_rows, make_task
-    from pipeline.training.members import make_stacks
+    from pipeline.features.labelled import feature_spec, labelled_rows
+    from pipeline.features.operands import Batches
+    from pipeline.tasks import task_of
+    from pipeline.training.cohort import make_cohorts
     from pipeline.training.workers import Workers
 
     reader = Reader(cache)
     rows = labelled_rows(reader, ["train"], ["label"])
-    tasks = {"label": make_task(reader.target(), rows)}
+    tasks = {"label": task_of(reader.target())}
     settings = [
         Member(method="last", task="label", epochs=10**6, seed=i, lr=1e-3 * (1 + i % 4))
         for i in range(members)
     ]
-    stacks = make_stacks(settings, feature_spec(reader, CLASSES), tasks, device)
-    networks = [stack.network for stack in stacks]
+    cohorts = make_cohorts(settings, feature_spec(reader, CLASSES), tasks, device)
+    networks = [cohort.network for cohort in cohorts]
     batches = Batches(reader, rows, networks, device=device, dtype=precision_of(options))
     if resident:
         batches.load(device)
-    workers = Workers(len(stacks), device)
+    workers = Workers(len(cohorts), device)
     shuffle = torch.Generator().manual_seed(0)
-    items = list(enumerate(stacks))
+    items = list(enumerate(cohorts))
     steps = -(-len(batches) // options.batch_size)
 
     def run() -> float:
         before_round(cache)
         for _ in range(options.epochs):
-            for stack in stacks:
-                stack.begin_epoch(stack.optimiser.steps // steps, steps)
+            for cohort in cohorts:
+                cohort.begin_epoch(cohort.optimiser.steps // steps, steps)
             order = torch.randperm(len(batches), generator=shuffle)
             for batch in batches.epoch(options.batch_size, order):
                 workers.queue(lambda item, batch=batch: item[1].step(batch, item[0]), items)

@@ -82,16 +82,17 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     from cache import Reader
     from pipeline.backbones.timm_models import load_backbone
     from pipeline.config import Member
-    from pipeline.features.operands import Batch, feature_spec
-    from pipeline.tasks.metrics import Task
-    from pipeline.training.members import make_stacks
+    from pipeline.features.labelled import feature_spec
+    from pipeline.features.operands import Batch
+    from pipeline.tasks import task_of
+    from pipeline.training.cohort import make_cohorts
 
     with Reader(cache) as reader:
         spec = feature_spec(reader, CLASSES)
-        task = Task(name="label", kind="class", classes=reader.target().classes)
+        task = task_of(reader.target())
     backbone = load_backbone(options.model, device=device, pretrained=False, preprocessing={})
     backbone.keep(spec.taps)
-    (stack,) = make_stacks(
+    (cohort,) = make_cohorts(
         [Member(method="last", task="label", epochs=10**6)], spec, {"label": task}, device
     )
     images, labels = random_batch(options, device)
@@ -103,12 +104,12 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
         features[tap].copy_(tokens)
 
     def run() -> float:
-        stack.begin_epoch(stack.optimiser.steps // options.steps, options.steps)
+        cohort.begin_epoch(cohort.optimiser.steps // options.steps, options.steps)
         for _ in range(options.steps):
             backbone.read_taps(images, keep, precision=precision)
             with torch.no_grad():
-                operands = stack.network.operands(features, precision)
-            stack.step(Batch({0: operands}, {"label": labels}), 0)
+                operands = cohort.network.operands(features, precision)
+            cohort.step(Batch({0: operands}, {"label": labels}), 0)
         return options.steps * options.batch_size
 
     return run, 0

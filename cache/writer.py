@@ -208,15 +208,25 @@ class Writer:
         self._amend(document, stored)
         return range(self.manifest.part_starts[part], self.manifest.slots)
 
-    def label(self, labelling: Labelling, tables: Mapping[str, np.ndarray], digest: str) -> None:
+    def label(
+        self,
+        labelling: Labelling,
+        tables: Mapping[str, np.ndarray],
+        digest: str,
+        *,
+        heard: str | None = None,
+    ) -> None:
         """Replace the labelling, in one step; readers that have the cache open keep the old one.
 
         `tables` are those that it asks for, with `slots` unless row r lies in slot r; `digest` is
-        its `Labelling.digest`. Raises ValueError for a table that does not fit; NotWritable.
+        its `Labelling.digest`. `heard` is the digest of what a source said, if not all of it was
+        taken over: it is no news from now on. Raises ValueError for a table that does not fit;
+        NotWritable.
         """
         stored = checked_labels(self.manifest, labelling, tables, tables.keys())
         old = self._container.labelling.history or (labelling_digest(self._container),)
-        history = (*(each for each in old if each != digest), digest)[-MOST_HISTORY:]
+        news = [heard, digest] if heard else [digest]
+        history = (*(each for each in old if each not in news), *news)[-MOST_HISTORY:]
         labelling = dataclasses.replace(labelling, history=history)
         at = f"labellings/{uuid.uuid4().hex[:12]}"
         placed = {below(at, name): table for name, table in stored.items()}

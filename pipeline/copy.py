@@ -19,15 +19,14 @@ from torch import Tensor
 from cache import Manifest, Reader, Stack, Writer, encode_keys
 from pipeline.config import CopyConfig
 from pipeline.errors import SettingError
-from pipeline.features.taps import (
-    choose_gather,
-    choose_taps,
+from pipeline.features.casting import (
     host_buffer,
     restore,
     rounding_error,
     store,
     total_error,
 )
+from pipeline.features.taps import choose_gather, choose_taps
 from pipeline.features.writing import gathered_stacks, overflow_error
 from pipeline.labelling.questions import Questions, of_reader
 from pipeline.side.gather import Gather

@@ -17,12 +17,13 @@ import torch
 from cache import Reader
 from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
-from pipeline.features.operands import Batches, feature_spec, labelled_rows
+from pipeline.features.labelled import feature_spec, labelled_rows
+from pipeline.features.operands import Batches
 from pipeline.runs.run import Run, TrainedMember
 from pipeline.sources.open import opener
 from pipeline.sources.source import Source
-from pipeline.tasks.metrics import Scores
-from pipeline.training.members import score
+from pipeline.tasks import Scores
+from pipeline.training.scoring import score
 from pipeline.training.workers import Workers
 
 
@@ -30,7 +31,7 @@ from pipeline.training.workers import Workers
 class Evaluation:
     """Scores of one member on some splits of a cache or of images (`live`).
 
-    `scores` are those of the task's kind, the one that ranks first (`pipeline.tasks.metrics`). They
+    `scores` are those of the task's kind, the one that ranks first (`pipeline.tasks`). They
     and the loss are None where the member's outputs are not finite.
     """
 

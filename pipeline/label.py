@@ -17,6 +17,7 @@ from pipeline.errors import SettingError
 from pipeline.labelling.folds import draw_folds
 from pipeline.labelling.questions import (
     Questions,
+    columns,
     group_name,
     numbers_of,
     of_list,
@@ -26,6 +27,7 @@ from pipeline.labelling.questions import (
 )
 from pipeline.sources.open import open_source
 from pipeline.sources.tables import SEPARATORS, read_table
+from pipeline.tasks import exclusive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,13 @@ def label(config: LabelConfig) -> LabelResult:
     )
 
 
+def columns_of(location: str) -> dict[str, list[str]]:
+    """The labelling of a cache as the columns of a list that `label` reads again: title → one text
+    a row. Raises cache errors."""
+    with Reader(location, allow_incomplete=True) as reader:
+        return columns(reader)
+
+
 def _news(config: LabelConfig, reader: Reader) -> tuple[Questions, int]:
     """What a list or source says of the cache's rows, and of how many it does not speak."""
     path = Path(str(config.source))
@@ -128,7 +137,7 @@ def _with_folds(asked: Questions, config: LabelConfig) -> Questions:
         groups = asked.groups(name)
     classes = None
     if config.stratify:
-        of_class = [target for target in labelling.targets if target.kind == "class"]
+        of_class = exclusive(labelling.targets)
         if not of_class:
             raise SettingError("--stratify: expected a target of kind class in the cache")
         classes = asked.tables[f"labels/{of_class[0].name}"]

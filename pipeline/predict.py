@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -14,10 +14,11 @@ from pipeline.runs.run import Run, TrainedMember
 from pipeline.sources.decode import REPAIR
 from pipeline.sources.folders import photos
 from pipeline.sources.source import FileSource, Row
+from pipeline.tasks import Answer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
+class Prediction(Answer):
     """The most probable classes of one photograph, best first; or the `error` in their place: it
     could not be read, or the member's outputs for it are not finite.
 
@@ -25,9 +26,6 @@ class Prediction:
     """
 
     path: str
-    classes: list[str] = field(default_factory=list)
-    probabilities: list[float] = field(default_factory=list)
-    value: float | None = None
     error: str | None = None
 
 
@@ -73,12 +71,6 @@ def predict(
 
 
 def _prediction(path: str, output: Tensor, trained: TrainedMember, top_k: int) -> Prediction:
-    task = trained.task
     if not output.isfinite().all():
         return Prediction(path=path, error=f"{path}: the outputs of {trained.id} are not finite")
-    if task.kind == "regression":
-        return Prediction(path=path, value=float(output[0]) * task.scale + task.centre)
-    each = output.softmax(dim=-1) if task.kind == "class" else output.sigmoid()
-    best = each.topk(min(top_k, len(each)))
-    names = [task.classes[i] for i in best.indices.tolist()]
-    return Prediction(path=path, classes=names, probabilities=best.values.tolist())
+    return Prediction(path=path, **vars(trained.task.answer(output, top_k)))

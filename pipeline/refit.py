@@ -17,6 +17,7 @@ import torch
 from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError, SettingError
 from pipeline.runs.run import REFIT, Run, position_of, score_of
+from pipeline.setting import varying
 from pipeline.train import Report, TrainResult, train
 
 
@@ -38,6 +39,43 @@ class Winner:
     def deviation(self) -> float:
         """Standard deviation over the seeds; 0 of one."""
         return stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitResult:
+    """What `choose_and_refit` did: the run directory that it left, and the settings that won there,
+    of which `open_settings` were not the same for all members."""
+
+    run: str
+    seeds: tuple[int, ...]
+    seconds: float
+    winners: list[Winner]
+    open_settings: list[str]
+
+    def chosen(self, winner: Winner) -> dict[str, Any]:
+        """The winner's own of the open settings."""
+        settings = winner.member.all_settings
+        return {name: settings[name] for name in self.open_settings if name in settings}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `train --json` and `sweep --json` show it."""
+        return {
+            "run": self.run,
+            "seeds": list(self.seeds),
+            "seconds": self.seconds,
+            "winners": [
+                {
+                    "task": winner.task,
+                    "method": winner.member.method,
+                    "settings": _without_seed(winner.member.all_settings),
+                    "chosen": list(self.chosen(winner)),
+                    "val": winner.score,
+                    "val_deviation": winner.deviation,
+                    "val_seeds": list(winner.seeds),
+                }
+                for winner in self.winners
+            ],
+        }
 
 
 def winners(run: Run) -> list[Winner]:
@@ -79,6 +117,10 @@ def _settings(
     return list(groups.values())
 
 
+def _without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "seed"}
+
+
 def refit_config(run: Run, seeds: Sequence[int], winning: Sequence[Winner]) -> TrainConfig:
     """The pass that trains the winners with `seeds` on train and val, into RUN/refit, in the run's
     own precision.
@@ -115,3 +157,21 @@ def refit(
     with run:
         run.hold()
         return train(replace(refit_config(run, seeds, winning), overwrite=overwrite), report)
+
+
+def choose_and_refit(
+    out: str, seeds: Sequence[int], report: Report = lambda _: None, *, overwrite: bool = False
+) -> RefitResult:
+    """Train the best setting of each task of the run in `out` again with `seeds`: `winners`, then
+    `refit`, and raises as they do."""
+    run = Run(out)
+    winning = winners(run)
+    result = refit(run, seeds, winning, report, overwrite=overwrite)
+    members = [_without_seed(member.all_settings) for member in run.config().members]
+    return RefitResult(
+        run=result.run,
+        seeds=tuple(seeds),
+        seconds=result.seconds,
+        winners=winning,
+        open_settings=varying(members),
+    )

@@ -17,7 +17,7 @@ import torch
 
 from cache import Reader, Writer, verify
 from pipeline.backbones.behind import backbone_of
-from pipeline.config import RepairConfig
+from pipeline.config import VerifyConfig
 from pipeline.device import pick_device, without_tf32
 from pipeline.errors import SettingError, SourceError, some
 from pipeline.features.filling import Filling, Slots, fill
@@ -39,8 +39,8 @@ class RepairResult:
 
 
 @without_tf32()
-def repair(config: RepairConfig, report: Callable[[Any], None] = lambda _: None) -> RepairResult:
-    """Verify a cache and write its damaged rows anew from `config.images`.
+def repair(config: VerifyConfig, report: Callable[[Any], None] = lambda _: None) -> RepairResult:
+    """Verify a cache and write its damaged rows anew from the images at `config.repair`.
 
     Raises SourceError if an image that is needed is not there as it was, BackboneError if the
     backbone's weights are others, SettingError for a copy whose numbers no backbone gives, and
@@ -91,10 +91,10 @@ def repair(config: RepairConfig, report: Callable[[Any], None] = lambda _: None)
     return RepairResult(rows=len({*rows, *again}), differing=differing, left=left)
 
 
-def _inputs(config: RepairConfig, reader: Reader, rows: Sequence[int]) -> Slots:
+def _inputs(config: VerifyConfig, reader: Reader, rows: Sequence[int]) -> Slots:
     """The images of the rows, by slot; SourceError if one is not there as it was."""
     source = open_source(
-        config.images,
+        str(config.repair),
         data_dir=config.data_dir,
         input_key=config.input_key,
         target_key=config.target_key,
@@ -111,7 +111,7 @@ def _inputs(config: RepairConfig, reader: Reader, rows: Sequence[int]) -> Slots:
             numbers[reader.slots[row]] = number
     if missing:
         raise SourceError(
-            f"{config.images}: {len(missing)} of {len(rows)} damaged rows' images are not there as "
+            f"{config.repair}: {len(missing)} of {len(rows)} damaged rows' images are not there as "
             f"they were: {some(missing)}. Bring them back; `sidecache extract --update` computes "
             f"what has changed"
         )

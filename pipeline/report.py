@@ -19,11 +19,10 @@ from typing import Any
 import jinja2
 
 from cache import CacheError
-from pipeline.config import Member, TrainConfig
+from pipeline.config import Member, PassConfig, TrainConfig
 from pipeline.device import pick_device
 from pipeline.errors import PipelineError, RunError
 from pipeline.pages.leaderboard import (
-    TITLES,
     Loaded,
     Trained,
     board,
@@ -36,14 +35,13 @@ from pipeline.pages.leaderboard import (
 from pipeline.pages.mistakes import add_thumbnails, examine
 from pipeline.runs.folder import replace_text
 from pipeline.runs.run import PAGE, SUMMARY, member_id
+from pipeline.setting import settings_of
+from pipeline.side import METHODS
 from pipeline.sources.open import opener
 from pipeline.sources.source import Source
-from pipeline.tasks.metrics import SCORES
+from pipeline.tasks import KINDS
 
 PAGES = Path(__file__).parent / "pages"
-OF_THE_PASS = ("taps", "train_split", "val_split", "batch_size", "order_seed", "resident", "device")
-# settings that decide what is read of a cache
-READS = ("tap", "last_n", "keep_layers", "gap", "gather", "k", "groups", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +112,13 @@ def command_of(config: TrainConfig, member: Member) -> list[str]:
 
     Every setting is written out, so that later defaults change nothing.
     """
-    of_the_pass = {name: getattr(config, name) for name in OF_THE_PASS}
     out = f"{config.out.rstrip('/')}-{member_id(config.members.index(member))}"
+    values = {**member.all_settings, **vars(config), "out": out, "overwrite": False}
     line = ["train", config.cache, "--method", member.method]
-    for name, value in {**member.all_settings, **of_the_pass, "out": out}.items():
-        if isinstance(value, tuple):
-            value = ",".join(value) or "none"
-        if value is not None and value != "":
-            line += [f"--{name.replace('_', '-')}", str(value)]
-    if config.amp is not None:
-        line.append("--amp" if config.amp else "--no-amp")
+    for owner in (METHODS[member.method].settings_class, Member, PassConfig):
+        for name, about in settings_of(owner).items():
+            if not about.argument:
+                line += about.words(values.get(name))
     return line
 
 
@@ -199,11 +194,17 @@ def _render(
         for detail in details
         if detail["found"] and "points" in detail["found"]
     }
+    parts = {  # what a kind of target shows of a member
+        kind: environment.get_template(f"{kind}.html.jinja").module
+        for kind in {detail["trained"].task.kind for detail in details}
+        if (PAGES / f"{kind}.html.jinja").exists()
+    }
     return environment.get_template(f"{PAGE}.jinja").render(
         title=_listed([one.name for one in loaded]),
         runs=[_facts(one) for one in loaded],
         boards=boards,
         details=details,
+        parts=parts,
         costs=_costs(loaded),
         evaluations=[_evaluation(one, line) for one in loaded for line in one.evaluations],
         left_out=left_out,
@@ -265,7 +266,13 @@ def _separately(one: Loaded) -> str:
     if they read different taps, or for different numbers of epochs."""
     count, size = len(one.members), one.cost.get("bytes_read")
     reads = {
-        str([t.member.method, t.member.epochs, *(t.settings.get(name) for name in READS)])
+        str(
+            [
+                t.member.method,
+                t.member.epochs,
+                *(t.settings.get(name) for name in METHODS[t.member.method].settings_class.reads()),
+            ]
+        )
         for t in one.members
     }
     if count < 2 or not size or len(reads) > 1 or any(t.stopped for t in one.members):
@@ -274,10 +281,10 @@ def _separately(one: Loaded) -> str:
 
 
 def _evaluation(one: Loaded, line: Mapping[str, Any]) -> dict[str, str]:
-    kinds = {name: kind for kind, names in SCORES.items() for name in names}
     told = [
-        f"{TITLES[name]} {score_text(kind, line[name])}"
-        for name, kind in kinds.items()
+        f"{title} {score_text(kind, line[name])}"
+        for kind in KINDS.values()
+        for name, title in kind.scores.items()
         if name in line
     ]
     if "loss" in line:

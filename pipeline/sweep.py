@@ -16,8 +16,8 @@ Validation ranks; nothing here can read another split.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ import torch
 import yaml
 
 from cache import Reader
-from pipeline.config import Member, PassConfig, TrainConfig, require
+from pipeline.config import Member, SweepConfig
 from pipeline.device import pick_device, pick_precision, precision_name
 from pipeline.errors import MissingTaps, RunError, SettingError
-from pipeline.features.operands import feature_spec, initial_weights, labelled_rows
+from pipeline.features.labelled import feature_spec, initial_weights, labelled_rows
+from pipeline.records import MemberStopped, RoundStarted, SweepRecord, SweepResult
 from pipeline.runs.events import FOLDER as EVENTS
 from pipeline.runs.folder import copy_tree, other_names, replace_text
 from pipeline.runs.run import (
@@ -48,93 +49,13 @@ from pipeline.runs.run import (
     precision_differs,
     score_of,
 )
-from pipeline.search.proposals import SAMPLERS, Proposals, TrialDone, open_proposals
+from pipeline.search.proposals import Proposals, open_proposals
 from pipeline.search.space import Space, read_space
-from pipeline.tasks.metrics import Task
-from pipeline.train import MemberStopped, train
-from pipeline.training.members import make_stacks
+from pipeline.tasks import task_of
+from pipeline.train import train
+from pipeline.training.cohort import make_cohorts
 
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig(PassConfig):
-    """What to search, how, and the pass that all rounds share (as in TrainConfig).
-
-    `space` is a YAML file (see `pipeline.search.space`). `trials` counts proposals, those that
-    cannot be trained too; None is the whole grid. `at_once` members train in one pass.
-    `sampler_seed` decides the proposals. With `halving`, members that lag behind at a rung are
-    stopped there.
-    """
-
-    space: str
-    trials: int | None = None
-    sampler: str = "tpe"
-    sampler_seed: int = 0
-    at_once: int = 16
-    halving: bool = False
-
-    FREE = (*PassConfig.FREE, "space", "trials", "at_once")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, self.sampler in SAMPLERS, "sampler", ", ".join(SAMPLERS))
-        require(
-            self,
-            self.trials is not None or self.sampler == "grid",
-            "trials",
-            "a number with any sampler but grid, which ends by itself",
-        )
-        require(self, self.trials is None or self.trials >= 1, "trials", "1 or more")
-        require(self, self.sampler_seed >= 0, "sampler_seed", "0 or more")
-        require(self, self.at_once >= 1, "at_once", "1 or more")
-        require(self, len(self.val_split) >= 1, "val_split", "a split: a sweep ranks by validation")
-
-    def pass_of(self, members: Sequence[Member], out: str | Path) -> TrainConfig:
-        """The training pass of these members."""
-        shared = {f.name: getattr(self, f.name) for f in fields(PassConfig)}
-        shared |= {"out": str(out), "overwrite": False}
-        return TrainConfig(members=tuple(members), **shared)
-
-    def deciding(self) -> dict[str, Any]:
-        """What decides the proposals and their results, beside the space and the cache."""
-        values = {k: v for k, v in vars(self).items() if k not in self.FREE}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundStarted:
-    """Reported before a round is trained (or goes on). `trials_done` of `trials` are told."""
-
-    round: int
-    rounds: int
-    members: int
-    trials_done: int
-    trials: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """What `sweep` did: `trained` proposals in this call; counts and `trials` of the whole sweep.
-
-    `best` is the member's id that `evaluate` takes by itself, `settings` all of its settings,
-    `score` its validation score, called `metric`; None if no trial was scored. `trials` stand in
-    order of rank.
-    """
-
-    run: str
-    trained: int
-    done: int
-    pruned: int
-    failed: int
-    seconds: float
-    trials: list[TrialDone]
-    best: str | None = None
-    method: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    metric: str | None = None
-    score: float | None = None
-
-
-Report = Callable[[Any], None]  # RoundStarted, TrialDone, and the records of `train`
+Report = Callable[[SweepRecord], None]
 
 
 def sweep(config: SweepConfig, report: Report = lambda _: None) -> SweepResult:
@@ -172,15 +93,14 @@ class _Probe:
     """Says before a round is trained what would stop all of it: a member that cannot be made."""
 
     def __init__(self, reader: Reader, task: str, taps: str) -> None:
-        target = reader.target(task or None)
-        self.task = Task(name=target.name, kind=target.kind, classes=target.classes)
+        self.task = task_of(reader.target(task or None))
         self.tasks = {task: self.task}  # by the name that members have, which may be ""
         self.spec = feature_spec(reader, self.task.outputs, taps)
         self.initial = initial_weights(reader)
 
     def check(self, member: Member) -> None:
         """Raises SettingError or MissingTaps."""
-        make_stacks([member], self.spec, self.tasks, torch.device("cpu"), self.initial)
+        make_cohorts([member], self.spec, self.tasks, torch.device("cpu"), self.initial)
 
 
 class _Sweep:

@@ -17,7 +17,7 @@ from pipeline.backbones import behind
 from pipeline.backbones.timm_models import Backbone
 from pipeline.config import ExtractConfig, Member, TrainConfig
 from pipeline.extract import extract
-from pipeline.side import FeatureSpec, TokenShape
+from pipeline.side.contract import FeatureSpec, TokenShape
 
 VIT_BLOCK: dict[str, Any] = {  # a plain pre-norm block, as `pipeline.backbones.blocks` describes it
     "kind": "vit", "dim": 768, "heads": 12, "head_dim": 64, "qkv_bias": True, "proj_bias": True,

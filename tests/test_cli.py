@@ -23,7 +23,9 @@ from pipeline import __version__
 from pipeline.demo.tour import WEIGHTS
 from pipeline.errors import SourceError
 from pipeline.sources.timm_sets import TimmOptions
+from pipeline.terminal.reference import reference
 
+ROOT = Path(__file__).parent.parent
 SMALL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32", "-j", "0", "--device", "cpu"]
 
 
@@ -42,6 +44,11 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"sidecache {command}" in result.output or command == "demo"
+
+
+def test_the_reference_says_what_the_code_says() -> None:
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert written == reference(main), "run `make docs/cli.md`"
 
 
 def test_the_whole_way(images: Path, tmp_path: Path) -> None:
@@ -345,7 +352,10 @@ def test_config_file_fills_defaults_and_flags_win(zarr_cache: Path, tmp_path: Pa
     assert {m["settings"]["epochs"] for m in found["members"]} == {2}
     file.write_text("learning: 3\n")
     result = run("train", zarr_cache, "--config", file, "--method", "last", "--out", out)
-    assert result.exit_code == 2 and "unknown key learning" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "unknown key learning; known are cache, method, out" in result.stderr
+    )
 
 
 UNINSTALLED = """
@@ -378,7 +388,7 @@ def test_a_clone_that_is_not_installed_works(
           "--device", "cpu", "--out", tmp_path / "run")  # fmt: skip
     written = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert written["sidecache"] == __version__
-    setup = (Path(__file__).parent.parent / "setup.cfg").read_text()
+    setup = (ROOT / "setup.cfg").read_text()
     assert "\nversion = attr: pipeline.__version__\n" in setup
     assert version("sidecache") == __version__  # here it is installed
 
@@ -410,8 +420,7 @@ def test_few_epochs_need_no_flag_for_their_warm_up(zarr_cache: Path, tmp_path: P
 
 
 def test_help_is_instant_and_the_module_runs() -> None:
-    root = Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "cli.py", "--help"], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "cli.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "sidecache extract" in done.stdout

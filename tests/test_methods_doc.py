@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Member
-from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
+from pipeline.side import METHODS
+from pipeline.side.contract import FeatureSpec, SideNetwork, TokenShape
 from pipeline.side.ladder import LSTSettings
 from pipeline.side.last import LASTSettings
 from pipeline.side.miet import MIETSettings

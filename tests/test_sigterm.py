@@ -48,9 +48,10 @@ def test_training_leaves_a_checkpoint_and_goes_on(zarr_cache: Path, tmp_path: Pa
                 "--no-amp", "--out", tmp_path / out]  # fmt: skip
 
     slow = (
-        "import time, pipeline.train as t\n"
-        "real = t._Pass._validate\n"
-        "t._Pass._validate = lambda self: (time.sleep(0.05), real(self))[1]\n"
+        "import time\n"
+        "from pipeline.training.passes import Pass\n"
+        "real = Pass._validate\n"
+        "Pass._validate = lambda self: (time.sleep(0.05), real(self))[1]\n"
     )
     process = start(*command("killed"), before=slow)
     run = Run(tmp_path / "killed")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.backbones.timm_models import Backbone, Preprocessing, load_backbone
 from pipeline.device import pick_precision, without_tf32
@@ -60,6 +60,28 @@ class LiveMember:
         return network(network.operands(features, self.member_precision))[0].float()
 
 
+class SideTuned(nn.Module):
+    """A member behind its backbone as one module: images (B, 3, H, W), as `transform` makes them,
+    to outputs (B, C) float32. For inference: gradients end here.
+
+    `classes` names the outputs (none for a regression); `task` is what it learned to predict;
+    `transform` turns an RGB `PIL.Image` into (3, H, W) float32.
+    """
+
+    def __init__(self, live: LiveMember) -> None:
+        super().__init__()
+        self.live = live
+        self.backbone, self.network = live.backbone.model, live.member.network
+        self.transform = live.backbone.preprocessing.transform()
+        self.task = live.member.task
+        self.classes = self.task.classes
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, C): logits; of a regression, the value in the target's unit."""
+        return self.live.logits(images) * self.task.scale + self.task.centre
+
+
 def backbone_of(
     made_with: Mapping[str, Any],
     *,
@@ -90,7 +112,13 @@ def backbone_of(
 
 
 def go_live(
-    member: TrainedMember, *, weights: str | Path | None, device: torch.device, amp: bool | None
+    member: TrainedMember,
+    *,
+    weights: str | Path | None,
+    device: torch.device,
+    amp: bool | None,
+    pretrained: bool = True,
+    seed: int = 0,
 ) -> LiveMember:
     """Load the member's backbone. Raises BackboneError if its weights are other ones.
 
@@ -98,7 +126,7 @@ def go_live(
     member's outputs in the one that it learned in.
     """
     card = member.card
-    backbone = backbone_of(card, device=device, weights=weights)
+    backbone = backbone_of(card, device=device, weights=weights, pretrained=pretrained, seed=seed)
     backbone.keep(member.network.sources(tuple(backbone.taps)))
     asked = None if amp is None else pick_precision(device, amp)
     return LiveMember(

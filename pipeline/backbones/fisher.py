@@ -11,6 +11,7 @@ from pipeline.backbones.timm_models import Backbone
 from pipeline.config import ExtractConfig
 from pipeline.errors import ImageError, SettingError
 from pipeline.sources.source import Source, TargetColumn
+from pipeline.tasks import exclusive
 
 
 class FisherImages:
@@ -53,9 +54,8 @@ class FisherImages:
 
 def _target(source: Source) -> TargetColumn:
     """The classes that the loss for the Fisher information tells apart."""
-    for target in source.targets:
-        if target.kind == "class":
-            return target
+    for target in exclusive(source.targets):
+        return target
     there = ", ".join(f"{target.name} ({target.kind})" for target in source.targets) or "nothing"
     raise SettingError(
         f"--ladder-init fisher: expected a target of kind class, as in a column label:NAME; there "

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from pipeline.backbones.blocks import describe
 from pipeline.backbones.weights import read_weights
 from pipeline.errors import BackboneError, SettingError, gist
-from pipeline.side import TokenShape
+from pipeline.side.contract import TokenShape
+from pipeline.side.tap import Tap, tap_depths, tap_names
 
 STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules
 
@@ -115,7 +116,7 @@ class Backbone:
         self.weights_sha256 = _weights_sha256(model)
         self.final_norm = _final_norm(model, name)
         self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        self._wanted = {f"z{i}" for i in range(self.blocks + 1)}
+        self._wanted = set(tap_names(range(self.blocks + 1)))
         self._sink: Sink | None = None
         blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
         for number, block in enumerate(blocks, start=1):
@@ -127,7 +128,7 @@ class Backbone:
         """Read only these taps from now on; a plain ViT stops after the deepest."""
         self._wanted = set(taps)
         if hasattr(self.model, "blocks"):
-            deepest = max(int(tap[1:]) for tap in taps)
+            deepest = max(tap_depths(taps))
             self.model.blocks = self.model.blocks[: max(1, deepest)]  # type: ignore[index]
 
     def read_taps(self, images: Tensor, sink: Sink, *, precision: torch.dtype) -> None:
@@ -166,7 +167,7 @@ class Backbone:
         self._leave(0, args[0] if args else kwargs["x"])
 
     def _leave(self, number: int, out: Any) -> None:
-        name = f"z{number}"
+        name = str(Tap(number))
         if self._sink is not None and name in self._wanted:
             self._sink(name, out[0] if isinstance(out, tuple) else out)
 

@@ -66,6 +66,7 @@ class Job:
     asked: Questions | None = None
     digests: np.ndarray | None = None
     rows: np.ndarray | None = None  # the slot of each input
+    heard: str | None = None  # the digest of what the source says
 
     def __enter__(self) -> Job:
         return self
@@ -82,7 +83,8 @@ class Job:
         if [self.slots.keys[slot] for slot in self.rows.tolist()] != list(self.asked.keys):
             places["keys"] = encode_keys(self.asked.keys)
         digest = self.asked.digest(self.digests)
-        self.writer.label(self.asked.labelling, {**self.asked.tables, **places}, digest)
+        tables = {**self.asked.tables, **places}
+        self.writer.label(self.asked.labelling, tables, digest, heard=self.heard)
 
 
 def begin_job(
@@ -175,7 +177,14 @@ def _resume(
         writer.close()
         raise
     slots = Slots(source=inputs.source, keys=keys, numbers=numbers)
-    return Job(writer=writer, slots=slots, asked=asked, digests=inputs.digests, rows=rows)
+    return Job(
+        writer=writer,
+        slots=slots,
+        asked=asked,
+        digests=inputs.digests,
+        rows=rows,
+        heard=inputs.asked.digest(inputs.digests),
+    )
 
 
 def _other_inputs(
@@ -190,6 +199,7 @@ def _other_inputs(
     return IdentityMismatch(
         f"{config.out} has these features of other images than {config.images}:"
         f"{lines or chr(10) + '  the same images in another order, or under other names'}\n"
-        f"--update computes what is new or changed and touches nothing else",
+        f"--update computes what is new or changed and lets go of what vanished; or choose another "
+        f"--out, or replace the cache with --overwrite",
         [(f"inputs.{what}", len(k), 0) for what, k in told.items() if k] or [("inputs", 1, 0)],
     )

@@ -20,18 +20,17 @@ from cache import Manifest, Stack, StorageOverflow
 from pipeline.backbones.timm_models import Backbone
 from pipeline.config import ExtractConfig
 from pipeline.device import record_event
-from pipeline.features.taps import (
+from pipeline.features.casting import (
     HostBuffer,
-    choose_gather,
     host_buffer,
-    parse_taps,
     range_of,
     restore,
     rounding_error,
     store,
     total_error,
 )
-from pipeline.side import TokenShape
+from pipeline.features.taps import choose_gather, parse_taps
+from pipeline.side.contract import TokenShape
 from pipeline.side.gather import Gather, pool_both
 from pipeline.sources.batches import ImageBatch
 
@@ -78,8 +77,8 @@ def plan_layout(config: ExtractConfig, backbone: Backbone) -> Layout:
     shapes = backbone.taps
     gather = choose_gather(config, shapes, backbone.name)
     if gather:
-        read = tuple(shapes)[: gather.k + 1]
-        return Layout(read=read, stacks=gathered_stacks(gather, shapes["z0"]), gather=gather)
+        read = tuple(tap for taps in gather.sums.values() for tap in taps)
+        return Layout(read=read, stacks=gathered_stacks(gather, shapes[read[0]]), gather=gather)
     read = parse_taps(config.taps, backbone.blocks)
     runs = [list(run) for _, run in itertools.groupby(shapes, shapes.__getitem__)]
     stacks = []
@@ -144,7 +143,7 @@ class TokenBuffer:
             for name, taps in gather.sums.items():
                 if tap in taps:
                     self.sums[name][:size] += gather.addend(tokens)
-            if gather.pooled and tap == f"z{gather.k}":
+            if gather.pooled and tap == gather.deepest:
                 self._keep(gather.pool_name, pool_both(tokens, backbone.prefix_tokens))
 
         backbone.read_taps(images.to(backbone.device, non_blocking=True), sink, precision=precision)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from cache import Labelling, Reader, Target, decode_keys, encode_keys
 from pipeline.errors import SettingError, SourceError, some
 from pipeline.sources.source import Source, TargetColumn
+from pipeline.sources.splits import in_order
 from pipeline.sources.tables import TableRows
+from pipeline.tasks import task_of
 
 FOLD = "fold"  # the column of a list that says it
 
@@ -100,9 +101,10 @@ class Questions:
                 targets.append(target)
                 continue
             values = other.tables[f"labels/{target.name}"]
-            merged, values = _same_classes(target, same, values)
-            mine = _widened(tables[f"labels/{target.name}"], merged, values.dtype)
-            mine[empty] = values[empty]
+            new = [name for name in same.classes if name not in target.classes]
+            merged = replace(target, classes=(*target.classes, *new))
+            mine = _renumbered(tables[f"labels/{target.name}"], target, merged)
+            mine[empty] = _renumbered(values, same, merged)[empty]
             tables[f"labels/{target.name}"] = mine
             targets.append(merged)
         labelling = replace(self.labelling, targets=tuple(targets), splits=splits)
@@ -143,7 +145,7 @@ def of_list(table: TableRows, keys: Sequence[str], group: str | None) -> Questio
 
     A column `fold` says folds. Raises SourceError for a fold that is no number, or no such column.
     """
-    splits = tuple(dict.fromkeys(table.splits or ()))
+    splits = in_order(table.splits or ())
     tables = {f"labels/{target.name}": target.values for target in table.targets}
     if table.splits is not None:
         tables["split"] = np.array([splits.index(split) for split in table.splits], np.int16)
@@ -185,27 +187,14 @@ def columns(reader: Reader) -> dict[str, list[str]]:
         found["split"] = [splits[split] for split in reader.split.tolist()]
     only = [(t.name, t.kind) for t in reader.labelling.targets] == [("label", "class")]
     for target in reader.labelling.targets:
-        title = "label" if only else f"{_PREFIX[target.kind]}:{target.name}"
-        found[title] = [_cell(target, value) for value in reader.labels(target.name)]
+        task = task_of(target)
+        title = "label" if only else f"{task.column}:{target.name}"
+        found[title] = [task.written(label) for label in reader.labels(target.name)]
     for group in reader.labelling.groups:
         found[group] = reader.groups(group)
     if reader.labelling.folds:
         found[FOLD] = ["" if fold < 0 else str(fold) for fold in reader.folds.tolist()]
     return found
-
-
-_PREFIX = {"class": "label", "multilabel": "labels", "regression": "value"}
-
-
-def _cell(target: Target, value: Any) -> str:
-    match target.kind:
-        case "class":
-            return target.classes[value] if value >= 0 else ""
-        case "multilabel":
-            names = [name for name, holds in zip(target.classes, value, strict=True) if holds == 1]
-            return "" if value[0] < 0 else ";".join(names) or "-"
-        case _:
-            return "" if np.isnan(value) else repr(float(value))
 
 
 def _target(column: TargetColumn) -> Target:
@@ -230,30 +219,10 @@ def _is_nothing(table: np.ndarray) -> np.ndarray:
     return nothing.all(axis=1)
 
 
-def _same_classes(mine: Target, theirs: Target, values: np.ndarray) -> tuple[Target, np.ndarray]:
-    """One target with the classes of both, mine first, and their values in its numbers."""
-    classes = (*mine.classes, *(name for name in theirs.classes if name not in mine.classes))
-    merged = replace(mine, classes=classes)
-    place = np.array([classes.index(name) for name in theirs.classes], np.int64)
-    if mine.kind == "class":
-        return merged, np.where(values < 0, -1, place[values] if len(place) else values)
-    if mine.kind == "multilabel":
-        wide = np.zeros((len(values), len(classes)), values.dtype)
-        wide[:, place] = values
-        wide[values[:, 0] < 0] = -1
-        return merged, wide
-    return merged, values
-
-
-def _widened(values: np.ndarray, target: Target, dtype: np.dtype) -> np.ndarray:
-    """A copy of a target's values with room for classes that came last."""
-    _, shape = target.layout(len(values))
-    if values.shape == shape:
-        return values.copy()
-    wide = np.zeros(shape, dtype)
-    wide[:, : values.shape[1]] = values
-    wide[values[:, 0] < 0] = -1
-    return wide
+def _renumbered(values: np.ndarray, old: Target, new: Target) -> np.ndarray:
+    """A copy of a target's values as they are among the classes of `new`, which has them all."""
+    place = [new.classes.index(name) for name in old.classes]
+    return task_of(old).renumbered(values, place, new.classes)
 
 
 def _nothing(dtype: np.dtype) -> float | int:

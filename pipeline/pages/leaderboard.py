@@ -7,7 +7,6 @@ the same images and splits, by summary.csv alone: test numbers cannot enter, the
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cache import CacheError, Reader
 from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError
+from pipeline.records import rank
 from pipeline.runs.run import Run, loss_of, position_of, score_of
-from pipeline.tasks.metrics import Task, rank
+from pipeline.tasks import Task, task_from
 
-TITLES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "r2": "R²", "mae": "mean absolute error"}
 FEW_VALUES = 6  # of a setting: so many have means, even if each was scored once
 PERCENT = "\N{NO-BREAK SPACE}%"
 
@@ -90,7 +91,7 @@ def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loa
     curves = _curves(run.metrics())
     for row in summary:
         member = config.members[position_of(row["id"])]
-        task = Task.from_dict(run.card(row["id"])["target"])
+        task = task_from(run.card(row["id"])["target"])
         loaded.members.append(
             Trained(
                 place=f"r{number}-{row['id']}",
@@ -174,8 +175,8 @@ def board(number: int, group: list[Trained], loaded: Sequence[Loaded]) -> dict[s
     counted = [trained for trained in group if trained.score is not None and not trained.stopped]
     return {
         "id": f"b{number}",
-        "score_name": TITLES[task.metric],
-        "percent": task.kind != "regression",
+        "score_name": task.scores[task.metric],
+        "percent": task.percent,
         "title": _title(task, group, loaded),
         "sentence": _sentence(group, differing, loaded),
         "differing": differing,
@@ -191,7 +192,7 @@ def board(number: int, group: list[Trained], loaded: Sequence[Loaded]) -> dict[s
                 "sort": {n: trained.settings.get(n) for n in differing},
                 "parameters": trained.parameters,
                 "score": trained.score,
-                "score_text": score_text(task.kind, trained.score),
+                "score_text": score_text(task, trained.score),
                 "loss": trained.loss,
                 "stopped": trained.stopped,
                 "curves": trained.curves,
@@ -210,12 +211,7 @@ def _title(task: Task, group: list[Trained], loaded: Sequence[Loaded]) -> str:
     named = [] if task.name == "label" else [task.name]
     if not named or len({one.config.cache for one in loaded}) > 1:
         named.insert(0, " and ".join(caches))
-    what = {
-        "class": f"{len(task.classes)} classes",
-        "multilabel": f"{len(task.classes)} classes, several at once",
-        "regression": "a number",
-    }[task.kind]
-    return f"{': '.join(named)} ({what})"
+    return f"{': '.join(named)} ({task.described})"
 
 
 def _sentence(group: list[Trained], differing: Sequence[str], loaded: Sequence[Loaded]) -> str:
@@ -231,14 +227,16 @@ def _sentence(group: list[Trained], differing: Sequence[str], loaded: Sequence[L
     text = f"{best.id} is best on validation"
     if told:
         text += f" ({', '.join(told)})"
-    name = TITLES[best.task.metric]
-    text += f": {name} {score_text(best.task.kind, best.score)}, loss {loss_text(best.loss)}."
-    reader = loaded[best.run].reader
-    if len(group) == 1 or best.task.kind != "class" or reader is None or best.score in (0, 1):
-        return text  # no standard error to speak of
-    labels = reader.labels(best.task.name)[reader.split_rows(*best.config.val_split)]
-    rows = int((labels >= 0).sum())
-    error = math.sqrt(best.score * (1 - best.score) / rows)
+    task, reader = best.task, loaded[best.run].reader
+    score = score_text(task, best.score)
+    text += f": {task.scores[task.metric]} {score}, loss {loss_text(best.loss)}."
+    if len(group) == 1 or reader is None:
+        return text
+    labels = reader.labels(task.name)[reader.split_rows(*best.config.val_split)]
+    rows = int(task.known(torch.from_numpy(labels)).sum())
+    error = task.standard_error(best.score, rows)
+    if error is None:
+        return text
     near = sum(t.score is not None and t.score >= best.score - error for t in group[1:])
     return text + (
         f" One standard error of {rows:,} validation rows is {100 * error:.1f} points: "
@@ -258,7 +256,7 @@ def _over_seeds(counted: Sequence[Trained], names: Sequence[str]) -> list[dict[s
         scores = [trained.score for trained in group if trained.score is not None]
         if len(scores) < 2:
             continue
-        kind = group[0].task.kind
+        task = group[0].task
         mean, deviation = statistics.fmean(scores), statistics.stdev(scores)
         lines.append(
             {
@@ -266,8 +264,8 @@ def _over_seeds(counted: Sequence[Trained], names: Sequence[str]) -> list[dict[s
                 "names": list(names),
                 "n": len(scores),
                 "mean": mean,
-                "text": _mean_and_deviation(kind, mean, deviation),
-                "range": f"{score_text(kind, min(scores))} to {score_text(kind, max(scores))}",
+                "text": _mean_and_deviation(task, mean, deviation),
+                "range": f"{score_text(task, min(scores))} to {score_text(task, max(scores))}",
             }
         )
     return sorted(lines, key=lambda line: -line["mean"])
@@ -323,17 +321,17 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def score_text(kind: str, value: float | None) -> str:
+def score_text(kind: Task | type[Task], value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3f}" if kind == "regression" else f"{100 * value:.1f}{PERCENT}"
+    return f"{100 * value:.1f}{PERCENT}" if kind.percent else f"{value:.3f}"
 
 
 def loss_text(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _mean_and_deviation(kind: str, mean: float, deviation: float) -> str:
-    if kind == "regression":
-        return f"{mean:.3f} ± {deviation:.3f}"
-    return f"{100 * mean:.1f} ± {100 * deviation:.1f}{PERCENT}"
+def _mean_and_deviation(task: Task, mean: float, deviation: float) -> str:
+    if task.percent:
+        return f"{100 * mean:.1f} ± {100 * deviation:.1f}{PERCENT}"
+    return f"{mean:.3f} ± {deviation:.3f}"

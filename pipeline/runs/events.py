@@ -16,7 +16,7 @@ MOST_MEMBERS = 200  # an open file and a thread each; a larger grid is for the r
 
 
 class Events:
-    """The event files of one pass; a context manager.
+    """The event files of one pass; `close` them, or use it as a context manager.
 
     `members` are ids; more than MOST_MEMBERS leave no events. What a killed pass wrote after
     `epochs_done`, where it goes on, is purged.
@@ -36,6 +36,9 @@ class Events:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
 

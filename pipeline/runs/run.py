@@ -34,6 +34,7 @@ from torch import Tensor
 from pipeline import __version__
 from pipeline.config import PassConfig, TrainConfig
 from pipeline.errors import RunError
+from pipeline.records import finite, rank
 from pipeline.runs.events import FOLDER as EVENTS
 from pipeline.runs.folder import (
     append_text,
@@ -46,8 +47,9 @@ from pipeline.runs.folder import (
     sync_file,
     whole_file,
 )
-from pipeline.side import METHODS, FeatureSpec, SideNetwork, TokenShape
-from pipeline.tasks.metrics import SCORES, Task, finite, rank
+from pipeline.side import METHODS
+from pipeline.side.contract import FeatureSpec, SideNetwork, TokenShape
+from pipeline.tasks import KINDS, Task, task_from
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINT, SUMMARY, MEMBERS, COST = "checkpoint.pt", "summary.csv", "members", "cost.json"
@@ -79,7 +81,7 @@ class TrainedMember:
     @property
     def task(self) -> Task:
         """What it learned to predict."""
-        return Task.from_dict(self.card["target"])
+        return task_from(self.card["target"])
 
 
 class Run:
@@ -466,7 +468,7 @@ def position_of(member: str) -> int:
 
 def score_of(row: Mapping[str, str]) -> float | None:
     """The validation score that ranks, in a line of summary.csv."""
-    values = [row.get(f"val_{ranking}") for ranking, *_ in SCORES.values()]
+    values = [row.get(f"val_{next(iter(kind.scores))}") for kind in KINDS.values()]
     return number_of(next((value for value in values if value), ""))
 
 

@@ -21,38 +21,13 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.config import Member
+from pipeline.records import TrialDone
 from pipeline.search.space import Space
-from pipeline.tasks.metrics import rank
 
-SAMPLERS = ("tpe", "random", "grid")
 REDUCTION = 3  # with halving, one member in three passes a rung, and trains three times as long
 FIRST_RUNG = 6  # the first rung is at a sixth of the longest training, and not its first epoch
 _STATES = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 _JOURNAL = "round"  # attribute of the study
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialDone:
-    """One proposal, told to Optuna: `state` is done, pruned or failed, `reason` says why.
-
-    `settings` are those that the space left open; all others stand in RUN's files under the id
-    `member`, None if it could not be trained at all. Scores are validation's: `score` is the
-    primary one, higher is better; a pruned trial's is from when it was stopped.
-    """
-
-    number: int
-    state: str
-    member: str | None
-    method: str
-    settings: dict[str, Any]
-    score: float | None
-    loss: float | None
-    reason: str | None
-
-    @property
-    def rank(self) -> tuple[Any, ...]:
-        """As `Run.best_member` ranks, the earlier proposal first among equals."""
-        return (*rank(self.score, self.loss, stopped=self.state != "done"), self.number)
 
 
 @contextmanager

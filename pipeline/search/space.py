@@ -135,7 +135,8 @@ class Space:
         """Of the longest member that may be proposed."""
         axis = self.axes.get("epochs")
         if axis is None:
-            return max(METHODS[name].recipe.get("epochs", Member.epochs) for name in self.methods)
+            recipes = [METHODS[name].settings_class.recipe for name in self.methods]
+            return max(recipe.get("epochs", Member.epochs) for recipe in recipes)
         return int(axis.high) if isinstance(axis, Range) else max(axis)
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,12 +181,11 @@ def _suggest(proposer: Proposer, name: str, axis: Axis) -> Any:
 def _hints(method: str) -> dict[str, Any]:
     """Type of every setting that a member of this method has, those of its learning first."""
     hints: dict[str, Any] = {}
-    for owner in (Member, METHODS[method].settings_class):
+    shaping = METHODS[method].settings_class
+    for owner in (Member, shaping):
         types = typing.get_type_hints(owner)
         hints |= {field.name: types[field.name] for field in dataclasses.fields(owner)}
-    others = (
-        {"method", "settings"} if METHODS[method].drops else {"method", "settings", "drop_path"}
-    )
+    others = {"method", "settings"} if shaping.drops else {"method", "settings", "drop_path"}
     return {name: hint for name, hint in hints.items() if name not in others}
 
 

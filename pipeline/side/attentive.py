@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from pipeline.side.contract import (
     FeatureSpec,
     Operands,
-    Settings,
     SideNetwork,
-    block_taps,
     find_taps,
     member_parameter,
     zero_parameter,
 )
 from pipeline.side.layers import LN_EPS, ConstantProduct, FrozenNorm, Head, wide
+from pipeline.side.settings import Settings, setting
+from pipeline.side.tap import tap_depths, tap_names
 
 STD = 0.02  # [code] of all initial weights
 
@@ -46,10 +46,15 @@ STD = 0.02  # [code] of all initial weights
 class AttentiveSettings(Settings):
     """Shape of an attentive probe; `heads` None is 12, or what 12 and D have in common."""
 
-    heads: int | None = None
-    mlp_ratio: float = 4.0
+    heads: int | None = setting(
+        None, help="attention heads", unset="12, or what 12 and the width share"
+    )
+    mlp_ratio: float = setting(4.0, help="of the feed-forward block")
+
+    recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3, "epochs": 30, "warmup_epochs": 3}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(self.heads is None or self.heads >= 1, "heads", "1 or more")
         self.require(self.mlp_ratio >= 0, "mlp_ratio", "0 or more")
 
@@ -59,14 +64,13 @@ class Attentive(SideNetwork):
 
     method = "attentive"
     settings_class = AttentiveSettings
-    recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3, "epochs": 30, "warmup_epochs": 3}
 
     def __init__(
         self, spec: FeatureSpec, settings: AttentiveSettings, seeds: Sequence[int]
     ) -> None:
         super().__init__(spec, settings, seeds)
-        deepest = max(block_taps(tuple(spec.taps)), default=0)
-        self.reads = find_taps([f"z{deepest}"], tuple(spec.taps), self.method)
+        deepest = max(tap_depths(spec.taps), default=0)
+        self.reads = find_taps(tap_names([deepest]), tuple(spec.taps), self.method)
         dim, members = spec.taps[self.reads[0]].dim, len(seeds)
         self.heads = settings.heads or math.gcd(12, dim)
         settings.require(dim % self.heads == 0, "heads", f"a divisor of the width {dim}")

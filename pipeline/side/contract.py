@@ -24,6 +24,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.side.settings import Settings
+from pipeline.side.tap import listed, tap_depths
+
 Operands = dict[str, Tensor]
 
 
@@ -40,8 +43,8 @@ class TokenShape:
 class FeatureSpec:
     """What a side network must know about the features.
 
-    `taps` maps names, in the backbone's order, to shapes; a plain ViT's are all equal. A name is
-    `z3`, or that of a sum made at extraction (`pipeline/side/gather.py`).
+    `taps` maps names, in the backbone's order, to shapes; a plain ViT's are all equal. What
+    names mean is in `pipeline/side/tap.py`.
     `norm` is the backbone's own final norm, frozen: kind `layer`, `rms` or `none`, with `eps`;
     `norm_weight` and `norm_bias` are (D,) float32, or None where the norm has none.
     `blocks` describes each block of the backbone, the first for z1 (`pipeline/side/ladder.py`).
@@ -71,25 +74,6 @@ class FeatureSpec:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The settings that decide a network's shape; members that share them are stacked.
-
-    Raises ValueError on an impossible value when it is made.
-    """
-
-    POOLS: ClassVar[tuple[str, ...]] = ("mean", "cls")
-
-    def idle(self) -> dict[str, str]:
-        """Settings that decide nothing beside the others, and why."""
-        return {}
-
-    def require(self, condition: bool, name: str, expected: str) -> None:
-        """Refuse a value: `name` is the setting, `expected` what would be right."""
-        if not condition:
-            raise ValueError(f"{name} = {getattr(self, name)!r}: expected {expected}")
-
-
 class SideNetwork(nn.Module):
     """K side networks of one shape.
 
@@ -101,9 +85,7 @@ class SideNetwork(nn.Module):
 
     method: ClassVar[str]
     settings_class: ClassVar[type[Settings]]
-    recipe: ClassVar[dict[str, Any]] = {}  # learning settings that suit the method; ours
-    drops: ClassVar[bool] = False  # whether it has residual branches (`drop_sites`)
-    stacked_on_cpu: ClassVar[int] = 2  # members; more stacks than cores keep all cores busy
+    together_on_cpu: ClassVar[int] = 2  # members; more cohorts than cores keep all cores busy
     reads: tuple[str, ...]
 
     def __init__(self, spec: FeatureSpec, settings: Any, seeds: Sequence[int]) -> None:
@@ -192,29 +174,12 @@ def zero_parameter(shape: Sequence[int], members: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(members, *shape))
 
 
-def block_taps(taps: Sequence[str]) -> list[int]:
-    """Numbers of those taps that are a block's own tokens: z0, z3 → [0, 3]; sums are left out."""
-    return [int(tap[1:]) for tap in taps if tap[1:].isdigit()]
-
-
-def listed(taps: Sequence[str]) -> str:
-    """Names for a message, runs of neighbours drawn together: `z0 … z4, z7`."""
-    runs: list[list[str]] = []
-    for tap in taps:
-        number = int(tap[1:]) if tap[1:].isdigit() else None
-        if runs and number and runs[-1][-1] == f"z{number - 1}":
-            runs[-1].append(tap)
-        else:
-            runs.append([tap])
-    return ", ".join(f"{run[0]} … {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
-
-
 def find_taps(wanted: Sequence[str], available: Sequence[str], method: str) -> tuple[str, ...]:
     """`wanted`, or LookupError naming the taps that are lacking."""
     missing = [tap for tap in wanted if tap not in available]
     if missing:
         advice = "Extract again with --taps all, or choose settings that need fewer taps."
-        if not block_taps(available):
+        if not tap_depths(available):
             advice = "Sums are what miet alone reads; extract again without --gather."
         raise LookupError(
             f"{method} needs the taps {listed(wanted)}; {listed(missing)} "

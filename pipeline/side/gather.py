@@ -8,8 +8,7 @@ Ours, and marked so wherever they are offered:
              that no layer drowns the others
     pooled   z_k's class token and its mean patch token are kept beside the sums (1 % of the bytes)
 
-A sum is named after its taps: `z0..z12`, or `ln(z0..z12)` if normed; what is pooled is `pool(z12)`.
-Sums are taken in float32, whatever comes in.
+Sums are taken in float32, whatever comes in. Their names are in `tap.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.side.layers import LN_EPS, wide
+from pipeline.side.tap import Tap, parsed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,20 @@ class Gather:
         begin = 0
         for group in range(self.groups):
             end = begin + shortest + (group < longer)
-            name = f"z{begin}..z{end - 1}"
-            members = tuple(f"z{i}" for i in range(begin, end))
-            out[f"ln({name})" if self.normed else name] = members
+            tap = Tap(end - 1, first=begin, normed=self.normed)
+            out[str(tap)] = tap.parts
             begin = end
         return out
 
     @property
+    def deepest(self) -> str:
+        """Name of z_k."""
+        return str(Tap(self.k))
+
+    @property
     def pool_name(self) -> str:
         """Name of what is pooled from z_k."""
-        return f"pool(z{self.k})"
+        return str(Tap(self.k, pooled=True))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,7 +85,7 @@ class Gather:
                 total += self.addend(features[tap])
             out[name] = total
         if self.pooled:
-            out[self.pool_name] = pool_both(features[f"z{self.k}"], prefix_tokens)
+            out[self.pool_name] = pool_both(features[self.deepest], prefix_tokens)
         return out
 
 
@@ -95,13 +99,9 @@ def pool_both(tokens: Tensor, prefix_tokens: int) -> Tensor:
 
 def found_among(taps: Sequence[str]) -> Gather | None:
     """The gather whose sums are among the names of `taps`; None if none is a sum."""
-    names = [tap for tap in taps if ".." in tap]
-    if not names:
+    there = parsed(taps)
+    sums = [tap for tap in there if tap.first is not None]
+    if not sums:
         return None
-    last = names[-1].rstrip(")").rpartition("..z")[2]
-    return Gather(
-        k=int(last),
-        groups=len(names),
-        normed=names[0].startswith("ln("),
-        pooled=f"pool(z{last})" in taps,
-    )
+    k = sums[-1].depth
+    return Gather(k=k, groups=len(sums), normed=sums[0].normed, pooled=Tap(k, pooled=True) in there)

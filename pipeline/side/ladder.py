@@ -43,13 +43,14 @@ from torch.nn import functional
 from pipeline.side.contract import (
     FeatureSpec,
     Operands,
-    Settings,
     SideNetwork,
     find_taps,
     zero_parameter,
 )
 from pipeline.side.ladder_blocks import KINDS, Block, Linear, Norm, SideBlock
 from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens
+from pipeline.side.settings import Settings, setting
+from pipeline.side.tap import grammatical, select, tap_depths, tap_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,43 +61,32 @@ class LSTSettings(Settings):
     0 as in the paper's code, `1,2,3,5`. `init` is `random`, or `pruned` from the cache's tables.
     """
 
-    reduction: int = 8
-    keep_layers: str = "all"
-    temperature: float = 0.1
-    init: str = "random"
-    pool: str = "mean"
+    reduction: int = setting(8, help="r, by which widths are divided")
+    keep_layers: str = setting(
+        "all", help="all, every:2, last:3 or 1,2,3; several: spaces", commas=True, reads=True
+    )
+    temperature: float = setting(0.1, help="of the gates")
+    init: str = setting("random", choices=("random", "pruned"), help="random or pruned")
+    pool: str = setting("mean", choices=Settings.POOLS, help="mean (patch tokens) or cls")
+
+    recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
+    drops = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(self.reduction >= 1, "reduction", "1 or more")
-        self.require(_grammatical(self.keep_layers), "keep_layers", KEEP_LAYERS)
+        self.require(grammatical(self.keep_layers), "keep_layers", KEEP_LAYERS)
         self.require(self.temperature > 0, "temperature", "more than 0")
-        self.require(self.init in ("random", "pruned"), "init", "random or pruned")
-        self.require(self.pool in self.POOLS, "pool", " or ".join(self.POOLS))
 
 
 KEEP_LAYERS = "all, every:2, last:3, or layer numbers from 0 such as 1,2,3,5"
 
 
-def _grammatical(text: str) -> bool:
-    kind, colon, number = text.partition(":")
-    if colon:
-        return kind in ("every", "last") and number.isdecimal() and int(number) >= 1
-    return text == "all" or all(part.strip().isdecimal() for part in text.split(","))
-
-
 def keep_layers(text: str, blocks: int) -> tuple[int, ...]:
     """Numbers from 0, ascending, of the layers that `text` keeps of `blocks`; see LSTSettings."""
-    if not _grammatical(text):
+    if not grammatical(text):
         raise ValueError(f"keep_layers = {text!r}: expected {KEEP_LAYERS}")
-    kind, _, number = text.partition(":")
-    if kind == "every":
-        chosen = list(range(blocks - 1, -1, -int(number)))[::-1]
-    elif kind == "last":
-        chosen = list(range(blocks - int(number), blocks))
-    elif kind == "all":
-        chosen = list(range(blocks))
-    else:
-        chosen = sorted({int(part) for part in text.split(",")})
+    chosen = select(text, blocks)
     if chosen[0] < 0 or chosen[-1] >= blocks:
         raise ValueError(f"keep_layers = {text!r}: the backbone has layers 0 to {blocks - 1}")
     return tuple(chosen)
@@ -107,8 +97,6 @@ class LST(SideNetwork):
 
     method = "lst"
     settings_class = LSTSettings
-    drops = True
-    recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
 
     def __init__(self, spec: FeatureSpec, settings: LSTSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)
@@ -117,8 +105,8 @@ class LST(SideNetwork):
                 "lst: this cache does not describe its backbone's blocks; extract again"
             )
         self.layers = keep_layers(settings.keep_layers, len(spec.blocks))
-        wanted = ["z0", *(f"z{layer + 1}" for layer in self.layers)]
-        self.reads = find_taps(wanted, tuple(spec.taps), self.method)
+        wanted = [0, *(layer + 1 for layer in self.layers)]
+        self.reads = find_taps(tap_names(wanted), tuple(spec.taps), self.method)
         kept = [spec.blocks[layer] for layer in self.layers]
         _check_blocks([spec.blocks[0], *kept], self.layers, settings)
         last = spec.taps[self.reads[-1]]
@@ -143,7 +131,7 @@ class LST(SideNetwork):
             self.blocks[str(layer)] = KINDS[block["kind"]](block, reduction, seeds, streams)
         self.gate = zero_parameter((len(self.layers),), len(seeds))
         self.norm = Norm(widths[-1], len(seeds), path[-1]["norm"])
-        deepest = max(spec.taps, key=lambda tap: int(tap[1:]) if tap[1:].isdigit() else -1)
+        (deepest,) = tap_names([max(tap_depths(spec.taps))])
         dim = len(spec.norm_weight) if spec.norm_weight is not None else spec.taps[deepest].dim
         self.up = Linear(widths[-1], dim, seeds, streams, True)
         self.final_norm = FrozenNorm(spec, dim)
@@ -168,8 +156,8 @@ class LST(SideNetwork):
         }
 
     def forward(self, operands: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
-        products = operands["z0"].dtype
-        state = self._down("z0", operands)  # (K, B, T, d)
+        products = operands[self.reads[0]].dtype
+        state = self._down(self.reads[0], operands)  # (K, B, T, d)
         gates = torch.sigmoid(self.gate / self.settings.temperature)  # (K, kept blocks)
         before, site = self.spec.blocks[0], 0
         for i, (layer, side) in enumerate(zip(self.layers, self._side_blocks(), strict=True)):

@@ -31,19 +31,20 @@ from pipeline.side.contract import (
     FeatureSpec,
     Operands,
     SideNetwork,
-    block_taps,
     find_taps,
 )
 from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens, wide
-from pipeline.side.lsa import LSAChain, LSASettings, centred
+from pipeline.side.lsa import LSAChain, centred
+from pipeline.side.settings import LSASettings, setting
+from pipeline.side.tap import tap_depths, tap_names
 
 
 @dataclass(frozen=True, kw_only=True)
 class LASTSettings(LSASettings):
     """Shape of a LAST network: `rank` R, `gap` g, `depth` S, attention `heads`, `pool`."""
 
-    gap: int = 1
-    depth: int = 1
+    gap: int = setting(1, help="blocks per group", reads=True)
+    depth: int = setting(1, help="modules per group")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +57,6 @@ class LAST(SideNetwork):
 
     method = "last"
     settings_class = LASTSettings
-    drops = True
 
     def __init__(self, spec: FeatureSpec, settings: LASTSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)
@@ -72,13 +72,12 @@ class LAST(SideNetwork):
     @staticmethod
     def _group_ends(gap: int, available: Sequence[str]) -> tuple[str, ...]:
         """z0, z_g, z_2g … z_L, L being the deepest tap there is."""
-        blocks = max(block_taps(available), default=0)
+        blocks = max(tap_depths(available), default=0)
         if blocks == 0:
-            return find_taps(("z0", "z1"), available, "last")
+            return find_taps(tap_names((0, 1)), available, "last")
         if blocks % gap:
             raise ValueError(f"gap = {gap}: expected a divisor of the {blocks} blocks")
-        wanted = [f"z{i}" for i in range(0, blocks + 1, gap)]
-        return find_taps(wanted, available, "last")
+        return find_taps(tap_names(range(0, blocks + 1, gap)), available, "last")
 
     @property
     def operand_key(self) -> tuple[str, int]:

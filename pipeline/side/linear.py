@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from pipeline.side.contract import (
     FeatureSpec,
     Operands,
-    Settings,
     SideNetwork,
-    block_taps,
     find_taps,
 )
 from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens, wide
+from pipeline.side.settings import Settings, setting
+from pipeline.side.tap import tap_depths, tap_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +37,23 @@ class LinearSettings(Settings):
     """What a linear probe reads: the `last_n` taps up to `tap` (None: the deepest), how each is
     pooled, and whether several are concatenated or averaged (`merge`)."""
 
-    pool: str = "cls"
-    tap: int | None = None
-    last_n: int = 1
-    merge: str = "concat"
+    pool: str = setting(
+        "cls", choices=(*Settings.POOLS, "clsmean"), help="mean, cls or clsmean (both)"
+    )
+    tap: int | None = setting(
+        None, help="the deepest tap it reads", unset="the deepest there is", reads=True
+    )
+    last_n: int = setting(1, help="that many taps up to it", reads=True)
+    merge: str = setting(
+        "concat", choices=("concat", "mean"), help="concat or mean of several taps"
+    )
 
-    POOLS = (*Settings.POOLS, "clsmean")
-    MERGES = ("concat", "mean")
+    recipe: ClassVar[dict[str, Any]] = {"lr": 1e-2, "epochs": 100, "warmup_epochs": 5}
 
     def __post_init__(self) -> None:
-        self.require(self.pool in self.POOLS, "pool", ", ".join(self.POOLS))
+        super().__post_init__()
         self.require(self.tap is None or self.tap >= 0, "tap", "0 or more")
         self.require(self.last_n >= 1, "last_n", "1 or more")
-        self.require(self.merge in self.MERGES, "merge", " or ".join(self.MERGES))
         self.require(
             self.merge == "concat" or self.pool != "clsmean", "merge", "concat with pool clsmean"
         )
@@ -63,17 +67,16 @@ class Linear(SideNetwork):
 
     method = "linear"
     settings_class = LinearSettings
-    recipe: ClassVar[dict[str, Any]] = {"lr": 1e-2, "epochs": 100, "warmup_epochs": 5}
-    stacked_on_cpu = 64  # so small that dispatching it costs more than computing it
+    together_on_cpu = 64  # so small that dispatching it costs more than computing it
 
     def __init__(self, spec: FeatureSpec, settings: LinearSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)
-        there = block_taps(tuple(spec.taps))
+        there = tap_depths(spec.taps)
         last = max(there, default=0) if settings.tap is None else settings.tap
         chosen = [i for i in there if i <= last][-settings.last_n :]
         if settings.tap is not None and settings.tap not in there:
             chosen = [settings.tap]  # not there: named below
-        self.reads = find_taps([f"z{i}" for i in chosen or [0]], tuple(spec.taps), self.method)
+        self.reads = find_taps(tap_names(chosen or [0]), tuple(spec.taps), self.method)
         settings.require(
             len(self.reads) == settings.last_n, "last_n", f"at most {len(self.reads)}, as there are"
         )

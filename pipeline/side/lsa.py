@@ -1,4 +1,4 @@
-"""The LSA chain: K members' chains of low-rank attention modules, their parameters and settings.
+"""The LSA chain: K members' chains of low-rank attention modules, and their parameters.
 
     x_j = S_j + sum_{i<j} Delta_i          S_j a constant of the data, wide (B, T, D)
     Delta_j = Attention(LN(x_j) A_q, LN(x_j) A_k, LN(x_j) A_v) Up + up_bias
@@ -9,29 +9,13 @@ How that is computed without a wide array a member: `pipeline/side/rank_space.py
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.side.contract import Settings, TokenShape, member_parameter, zero_parameter
+from pipeline.side.contract import TokenShape, member_parameter, zero_parameter
 from pipeline.side.rank_space import Data, Plan, RankSpace
-
-
-@dataclass(frozen=True, kw_only=True)
-class LSASettings(Settings):
-    """What every network of low-rank attention modules has: `rank` R, `heads`, `pool`."""
-
-    rank: int = 16
-    heads: int = 1
-    pool: str = "mean"
-
-    def __post_init__(self) -> None:
-        self.require(self.rank >= 1, "rank", "1 or more")
-        self.require(
-            self.heads >= 1 and self.rank % self.heads == 0, "heads", f"a divisor of {self.rank}"
-        )
-        self.require(self.pool in self.POOLS, "pool", " or ".join(self.POOLS))
+from pipeline.side.settings import LSASettings
 
 
 def centred(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -34,13 +34,14 @@ from pipeline.side.contract import (
     FeatureSpec,
     Operands,
     SideNetwork,
-    block_taps,
     find_taps,
     zero_parameter,
 )
 from pipeline.side.gather import Gather, found_among
 from pipeline.side.layers import LN_EPS, FrozenNorm, Head, check_pool, pool_tokens, wide
-from pipeline.side.lsa import LSAChain, LSASettings, centred
+from pipeline.side.lsa import LSAChain, centred
+from pipeline.side.settings import LSASettings, setting
+from pipeline.side.tap import tap_depths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +53,27 @@ class MIETSettings(LSASettings):
     cache holds, or one plain sum of all taps.
     """
 
-    modules: int = 4
-    head: str = "sum"
-    gather: str | None = None
-    k: int | None = None
-    groups: int | None = None
+    modules: int = setting(4, help="attention modules")
+    head: str = setting(
+        "sum", choices=("sum", "last"), help="sum, or last (zk's pooled token)", reads=True
+    )
+    gather: str | None = setting(
+        None,
+        choices=("sum", "normsum"),
+        help="sum or normsum",
+        unset="the cache's, or sum",
+        reads=True,
+    )
+    k: int | None = setting(
+        None, help="sum z0 … zk", unset="the cache's, or the deepest", reads=True
+    )
+    groups: int | None = setting(None, help="number of sums", unset="the cache's, or 1", reads=True)
+
+    recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.modules >= 1, "modules", "1 or more")
-        self.require(self.head in ("sum", "last"), "head", "sum or last")
-        kinds = (None, *Gather.KINDS)
-        self.require(self.gather in kinds, "gather", " or ".join(Gather.KINDS))
         self.require(self.k is None or self.k >= 0, "k", "0 or more")
         self.require(
             self.groups is None or 1 <= self.groups <= self.modules,
@@ -77,8 +87,6 @@ class MIET(SideNetwork):
 
     method = "miet"
     settings_class = MIETSettings
-    drops = True
-    recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
 
     def __init__(self, spec: FeatureSpec, settings: MIETSettings, seeds: Sequence[int]) -> None:
         super().__init__(spec, settings, seeds)
@@ -112,7 +120,7 @@ class MIET(SideNetwork):
         """The sums if they are there, else the taps that they are made of."""
         if all(name in available for name in self.reads):
             return self.reads
-        if not block_taps(available):
+        if not tap_depths(available):
             return find_taps(self.reads, available, self.method)
         parts = [tap for taps in self.gather.sums.values() for tap in taps]
         return find_taps(parts, available, self.method)
@@ -155,7 +163,7 @@ class MIET(SideNetwork):
 
 def _gather(settings: MIETSettings, available: Sequence[str]) -> Gather:
     """The sums that the settings ask for; what they leave open is as in the cache of sums."""
-    there = found_among(available) or Gather(k=max(block_taps(available), default=0))
+    there = found_among(available) or Gather(k=max(tap_depths(available), default=0))
     return Gather(
         k=there.k if settings.k is None else settings.k,
         groups=there.groups if settings.groups is None else settings.groups,

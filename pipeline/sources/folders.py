@@ -15,10 +15,10 @@ from pathlib import Path
 
 from pipeline.errors import SourceError, some
 from pipeline.sources import vtab
-from pipeline.sources.cells import number_labels
 from pipeline.sources.decode import image_suffixes, suffixes_shown
 from pipeline.sources.source import FileSource, Row, TargetColumn
 from pipeline.sources.splits import SPLIT_NAMES, in_order, normal_split, select_splits
+from pipeline.tasks.classes import number_labels
 
 
 def open_folder(

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.sources.cells import number_labels
 from pipeline.sources.source import Row, TargetColumn
+from pipeline.tasks.classes import number_labels
 
 
 class Sample(NamedTuple):

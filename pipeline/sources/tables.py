@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import SourceError, some
-from pipeline.sources.cells import CELLS
 from pipeline.sources.source import FileSource, Row, TargetColumn
 from pipeline.sources.splits import normal_split, select_splits
+from pipeline.tasks import KINDS
 
 COMMA = (",", "comma")
 SEPARATORS = {".csv": COMMA, ".tsv": ("\t", "tab")}  # by the file's suffix
-COLUMN_KINDS = {"label": "class", "labels": "multilabel", "value": "regression"}
 TARGET_NAME = re.compile(r"[a-z][a-z0-9_]*")  # as in a cache
 
 Classes = Mapping[str, tuple[str, ...]]  # target → its classes, where they are given
@@ -271,15 +270,15 @@ class _Header:
 def _target_columns(titles: list[str], place: str) -> list[Column]:
     """The columns with a name of their own, in order. SourceError if one is not as expected."""
     columns: list[Column] = []
+    kinds = {task.column: kind for kind, task in KINDS.items()}
+    meant = {prefix.rstrip("s") for prefix in kinds}
     for title in titles:
         prefix, colon, name = title.partition(":")
-        if not colon or prefix.strip().casefold().rstrip("s") not in ("label", "value"):
+        if not colon or prefix.strip().casefold().rstrip("s") not in meant:
             continue
-        if prefix not in COLUMN_KINDS:
-            raise SourceError(
-                f"{place}: column {title!r}; expected label:NAME (a class), labels:NAME (classes "
-                "separated by `;`) or value:NAME (a number)"
-            )
+        if prefix not in kinds:
+            *others, last = (f"{task.column}:NAME ({task.cell})" for task in KINDS.values())
+            raise SourceError(f"{place}: column {title!r}; expected {', '.join(others)} or {last}")
         if not TARGET_NAME.fullmatch(name):
             raise SourceError(
                 f"{place}: column {title!r}: expected a name of lower-case letters, digits and _ "
@@ -287,7 +286,7 @@ def _target_columns(titles: list[str], place: str) -> list[Column]:
             )
         if name in [column.name for column in columns]:
             raise SourceError(f"{place}: two columns for the target {name!r}; rename one of them")
-        columns.append(Column(title, name, COLUMN_KINDS[prefix]))
+        columns.append(Column(title, name, kinds[prefix]))
     if columns and "label" in titles:
         raise SourceError(
             f"{place}: a column 'label' beside {some([column.title for column in columns])}; "
@@ -310,5 +309,5 @@ def _target(
         place = lines[row].place
         return place if column is LABEL else f"{place}, {column.title}"
 
-    classes, values = CELLS[column.kind](cells, known, where)
+    classes, values = KINDS[column.kind].parse(cells, known, where)
     return TargetColumn(name=column.name, kind=column.kind, classes=classes, values=values)

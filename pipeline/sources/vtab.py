@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import SourceError
-from pipeline.sources.cells import is_integer
 from pipeline.sources.source import FileSource
 from pipeline.sources.tables import LABEL, Line, listed_files, table_rows
+from pipeline.tasks.classes import is_integer
 
 LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 UNION = "train800val200.txt"

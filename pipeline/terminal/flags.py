@@ -1,11 +1,21 @@
-"""Flags: the kinds of values that they take, and the groups that several commands share."""
+"""Flags, made from the settings of configurations and of every method; the values that they take.
+
+What a flag is called, its default, its choices and its help are in the setting (`pipeline.setting`)
+that it sets, and nowhere else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+
+from pipeline.config import Member
+from pipeline.setting import Setting, settings_of
+from pipeline.side import METHODS
 
 
 class CommaList(click.ParamType):
@@ -73,104 +83,129 @@ class Triple(click.ParamType):
         return tuple(parts * 3 if len(parts) == 1 else parts)
 
 
-STORAGE_TYPES = ["float16", "bfloat16", "float32", "int8"]
+KINDS = {
+    tuple[str, ...]: Names(),
+    tuple[int, int]: ImageSize(),
+    tuple[float, float, float]: Triple(),
+}
+PATHS = {
+    "any": click.Path(),
+    "file": click.Path(dir_okay=False),
+    "there": click.Path(exists=True, dir_okay=False),
+}
 
 
-def gather_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Flags of the commands that can store sums over taps."""
-    function = click.option(
-        "--gather-groups", default=1, show_default=True, help="That many sums over runs of taps."
-    )(function)
-    function = click.option(
-        "--gather-pooled", is_flag=True, help="Keep zK's pooled tokens too (miet --head last)."
-    )(function)
-    function = click.option(
-        "--gather-k", type=int, help="Sum z0 … zK.  [default: the deepest tap]"
-    )(function)
-    return click.option(
-        "--gather",
-        type=click.Choice(["none", "sum", "normsum"]),
-        default="none",
-        show_default=True,
-        help="Store the sum of the taps alone (MIET); normsum normalises each first.",
-    )(function)
+# --- from settings ----------------------------------------------------------------------------
 
 
-def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
-        function
-    )
+def flags(config: type, more: Iterable[click.Parameter] = ()) -> list[click.Parameter]:
+    """The arguments of a configuration and its flags: those that must be given, then `more`, its
+    own, and what it has in common with others."""
+    own = inspect.get_annotations(config)
+    settings = sorted(settings_of(config).values(), key=lambda one: one.name not in own)
+    found = [*more, *map(_parameter, settings)]
+    return sorted(found, key=lambda p: (isinstance(p, click.Option), not p.required))
 
 
-def dataset_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Flags of every command that opens images: what timm asks of a dataset string."""
-    options = (
-        click.option("--data-dir", help="Where a timm dataset string finds its files."),
-        click.option("--input-key", help="Its column of images.  [default: timm's, mostly image]"),
-        click.option("--target-key", help="Its column of labels.  [default: timm's, mostly label]"),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+def _parameter(about: Setting) -> click.Parameter:
+    if about.argument:
+        several = about.type == tuple[str, ...]
+        return click.Argument([about.name], required=about.required, nargs=-1 if several else 1)
+    names = [about.name, about.flag, *([f"-{about.short}"] if about.short else [])]
+    told: dict[str, Any] = {"help": _with_default(about.help, about.unset)}
+    if about.type is bool:
+        if about.default is False:
+            return click.Option(names, is_flag=True, **told)
+        names[1] = f"{about.flag}/{about.off}"
+        return click.Option(names, default=about.default, **told)
+    kind = KINDS.get(about.type, about.type)
+    if about.choices:
+        kind = click.Choice(about.choices)
+    if about.path:
+        kind = PATHS[about.path]
+    if about.default is not None and not about.required:
+        told |= {"default": about.default, "show_default": not about.unset}
+    return click.Option(names, type=kind, required=about.required, **told)
 
 
-def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Flags of every command that computes with torch."""
-    function = click.option(
-        "--amp/--no-amp",
-        default=None,
-        help="bfloat16 products, or float32 throughout.  [default: what the run began in, "
-        "or what the hardware does fast]",
-    )(function)
-    return click.option(
-        "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-    )(function)
+def member_flags() -> list[click.Option]:
+    """What makes members: each flag takes a list, and the lists multiply."""
+    told = f"{', '.join(METHODS)}."
+    found = [click.Option(["--method"], type=CommaList(str), required=True, help=told)]
+    methods = {method: METHODS.settings(method) for method in METHODS}
+    for about in settings_of(Member).values():
+        usual = {m: str(of.recipe.get(about.name, _default(about))) for m, of in methods.items()}
+        found.append(_list_option(about, about.help, usual))
+    shaping: dict[str, dict[str, Setting]] = {}  # setting → method → what it says of it
+    for method, settings in methods.items():
+        for name, about in settings_of(settings).items():
+            shaping.setdefault(name, {})[method] = about
+    for of_methods in shaping.values():
+        groups = _grouped({method: about.help for method, about in of_methods.items()})
+        told = "; ".join(f"{methods}: {text}" for text, methods in groups.items())
+        usual = {method: _default(about) for method, about in of_methods.items()}
+        found.append(_list_option(next(iter(of_methods.values())), f"{told}.", usual))
+    return found
 
 
-def pass_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Flags of a training pass: what its members share, and what is done with the winner."""
-    options = (
-        click.option(
-            "--taps", default="all", show_default=True, help="Use only these of the cache's."
-        ),
-        click.option("--train-split", type=Names(), default="train", show_default=True),
-        click.option(
-            "--val-split", type=Names(), default="val", show_default=True, help="Or none."
-        ),
-        click.option("-b", "--batch-size", default=32, show_default=True, help="Of the pass."),
-        click.option("--order-seed", default=0, show_default=True, help="Order of batches."),
-        click.option(
-            "--resident",
-            type=click.Choice(["auto", "device", "ram", "disk"]),
-            default="auto",
-            show_default=True,
-            help="Where the features live.",
-        ),
-        compute_options,
-        click.option(
-            "--refit",
-            type=CommaList(int),
-            help="Then train the winner on train + val with these seeds, into OUT/refit.",
-        ),
-        click.option("--overwrite", is_flag=True, help="Replace another run in --out."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+def _list_option(about: Setting, told: str, usual: Mapping[str, str]) -> click.Option:
+    """`usual` is the default of each method: the first one's stands without a name."""
+    (first, _), *others = _grouped(usual).items()
+    default = "; ".join([first, *(f"{methods}: {text}" for text, methods in others)])
+    kind = Words() if about.commas else CommaList(about.type)
+    return click.Option([about.flag], type=kind, help=_with_default(told, default))
+
+
+def _grouped(texts: Mapping[str, str]) -> dict[str, str]:
+    """Each text with the names of those that have it."""
+    groups: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        groups.setdefault(text, []).append(name)
+    return {text: ", ".join(names) for text, names in groups.items()}
+
+
+def _default(about: Setting) -> str:
+    return about.unset or ("" if about.default is None else str(about.default))
+
+
+def _with_default(told: str, default: str) -> str:
+    return f"{told}  [default: {default}]" if default else told
+
+
+# --- of several commands ----------------------------------------------------------------------
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+refit_option = click.option(
+    "--refit",
+    type=CommaList(int),
+    help="Then train the winner on train + val with these seeds, into OUT/refit.",
+)
 
 
 def _load_config(ctx: click.Context, _param: click.Parameter, path: str | None) -> None:
     if path is None:
         return
-    from pipeline.config import read_yaml
-    from pipeline.errors import SettingError
+    known = [str(p.name) for p in ctx.command.params if p.name not in ("config", "as_json")]
+    ctx.default_map = {**(ctx.default_map or {}), **_read_yaml(path, known)}
 
-    known = [p.name for p in ctx.command.params if p.name not in ("config", "as_json")]
+
+def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
+    """Defaults from a file; UsageError names a key that is not in `known`, and the file."""
+    import yaml
+
     try:
-        values = read_yaml(path, [str(name) for name in known])
-    except SettingError as error:
-        raise click.UsageError(str(error)) from None
-    ctx.default_map = {**(ctx.default_map or {}), **values}
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise click.UsageError(f"--config {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise click.UsageError(f"--config {path}: expected `name: value` lines")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise click.UsageError(
+            f"--config {path}: unknown key {', '.join(unknown)}; known are {', '.join(known)}"
+        )
+    return values
 
 
 config_option = click.option(

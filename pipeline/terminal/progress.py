@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.records import (
+    EpochDone,
+    Loading,
+    MemberStopped,
+    PassStarted,
+    RoundStarted,
+    SweepRecord,
+    TrainRecord,
+    TrialDone,
+)
 from pipeline.terminal.tables import clock_text, counted, score_text, size_text
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractConfig
     from pipeline.extract import ExtractionPlan
-    from pipeline.train import Start
 
 Report = Callable[[Any], None]
 
@@ -131,29 +140,27 @@ def _run_of(taps: Any) -> str:
     return taps[0] if len(taps) == 1 else f"{taps[0]}…{taps[-1]} ({len(taps)})"
 
 
-def training(progress: Progress, what: str = "training") -> Report:
+def training(progress: Progress, what: str = "training") -> Callable[[TrainRecord], None]:
     """Shows the records of `train`."""
-    from pipeline.train import EpochDone, Loading, MemberStopped, Start
 
-    def report(record: Any) -> None:
+    def report(record: TrainRecord) -> None:
         match record:
             case Loading(rows=rows, total=total):
                 progress.update("loading features", rows, total)
-            case Start():
+            case PassStarted():
                 progress.note(_start_line(record))
             case EpochDone(epoch=epoch, epochs=epochs, metric=metric, score=score):
                 scored = "" if score is None else f", val {metric} {score_text(metric, score)}"
                 detail = f"loss {record.train_loss:.3f}{scored}"
                 progress.update(what, epoch, epochs, detail)
-            case MemberStopped(id=member, epoch=epoch, reason=reason):
-                if not reason.startswith("pruned"):
-                    told = f"{reason} (epoch {epoch}); it stops, the others go on"
-                    progress.note(f"member {member}: {told}")
+            case MemberStopped(id=member, epoch=epoch, reason=reason, pruned=False):
+                told = f"{reason} (epoch {epoch}); it stops, the others go on"
+                progress.note(f"member {member}: {told}")
 
     return report
 
 
-def _start_line(start: Start) -> str:
+def _start_line(start: PassStarted) -> str:
     again = f", continuing after epoch {start.epochs_done}" if start.epochs_done else ""
     left_out = f" ({start.left_out:,} without any label left out)" if start.left_out else ""
     where = "on disk" if start.resident == "disk" else f"in {start.resident}"
@@ -165,14 +172,11 @@ def _start_line(start: Start) -> str:
     )
 
 
-def searching(progress: Progress) -> Report:
+def searching(progress: Progress) -> Callable[[SweepRecord], None]:
     """Shows the records of `sweep`, those of its passes among them."""
-    from pipeline.sweep import RoundStarted, TrialDone
-    from pipeline.train import MemberStopped
-
     show_pass = training(progress)
 
-    def report(record: Any) -> None:
+    def report(record: SweepRecord) -> None:
         match record:
             case RoundStarted(round=number, rounds=rounds, members=members):
                 told = f"{record.trials_done} of {record.trials} trials are done"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.setting import varying
 from pipeline.terminal.tables import (
     counted,
     loss_text,
@@ -19,7 +21,6 @@ from pipeline.terminal.tables import (
     short,
     size_text,
     titled,
-    varying,
 )
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
     from pipeline.demo.tour import Result
     from pipeline.evaluate import Evaluation
     from pipeline.extract import ExtractResult
+    from pipeline.label import LabelResult
     from pipeline.predict import Prediction
+    from pipeline.records import MemberResult, SweepResult, TrainResult, TrialDone
+    from pipeline.refit import RefitResult
+    from pipeline.repair import RepairResult
     from pipeline.report import Written
-    from pipeline.search.proposals import TrialDone
-    from pipeline.sweep import SweepResult
-    from pipeline.train import MemberResult, TrainResult
 
 ALONE = ("rank", "gap", "depth", "pool", "lr", "epochs", "seed")  # shown of a single member
 BEST = 10  # trials that are shown
@@ -57,7 +59,7 @@ def show_extract(config: ExtractConfig, result: ExtractResult) -> None:
 
 
 def extract_json(result: ExtractResult) -> dict[str, Any]:
-    keys = ("rows", "bytes", "complete", "fingerprint", "content")
+    keys = ("rows", "bytes", "complete", "fingerprint", "content", "labelling")
     extra = ("seconds", "images_per_second", "extracted_rows", "skipped", "legs")
     return {key: getattr(result, key) for key in (*keys, *extra)}
 
@@ -70,7 +72,8 @@ def show_inspect(cache: str, found: Inspection) -> None:
             "rows",
             f"{found.rows:,} x {found.views} view, {size_text(found.bytes)} of {found.storage}",
         ),
-        ("bytes a row", f"{found.bytes / max(found.rows, 1):,.0f}"),
+        ("bytes a row", f"{found.bytes / max(found.slots, 1):,.0f}"),
+        *_left_behind(found),
         *_stacks(found),
         ("splits", ", ".join(f"{k} {v:,}" for k, v in found.splits.items())),
         *(
@@ -78,13 +81,25 @@ def show_inspect(cache: str, found: Inspection) -> None:
             for name in found.targets
         ),
     ]
+    if found.folds:
+        lines.append(("folds", ", ".join(f"{rows:,}" for rows in found.folds)))
+    lines += [(f"group {name}", f"{count:,} groups") for name, count in found.groups.items()]
     if found.seconds is not None:
-        made = "copying" if "copied" in found.identity else "extraction"
+        made = "copying" if "copied_from" in found.notes else "extraction"
         lines.append((made, f"{found.seconds:,.{0 if found.seconds >= 10 else 2}f} s"))
     lines += [(f"skipped row {row}", reason) for row, reason in found.skipped.items()]
     lines += list(_flatten(found.identity))
     lines += [("fingerprint", found.fingerprint), ("content", found.content or "(incomplete)")]
+    lines += [("labelling", found.labelling), ("format version", str(found.format_version))]
     print_pairs(lines)
+
+
+def _left_behind(found: Inspection) -> Iterator[tuple[str, str]]:
+    """What updates have left, or not done yet."""
+    if found.slots_pending and found.complete:
+        yield "update", f"UNFINISHED: {found.slots_pending:,} rows to do; the same --update goes on"
+    elif found.slots > found.rows:
+        yield "left behind", f"{found.slots - found.rows:,} rows of updates; `copy` leaves them out"
 
 
 def _stacks(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -116,16 +131,47 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield prefix + name, str(value)
 
 
-def show_verify(cache: str, result: Verification) -> None:
+def show_verify(cache: str, result: Verification, repaired: RepairResult | None = None) -> None:
+    if repaired is not None:
+        told = f"{cache}: {counted(repaired.rows, 'row')} computed again"
+        others = f"; other last bits than before: {', '.join(repaired.differing)}"
+        click.echo(told + (others if repaired.differing else ""))
     for damage in result.damaged:
         click.echo(str(damage))
     verdict = "no damage" if result.ok else f"{len(result.damaged)} damaged"
     click.echo(f"{cache}: {result.rows:,} rows, {size_text(result.bytes)} read, {verdict}")
 
 
-def verify_json(result: Verification) -> dict[str, Any]:
+def verify_json(result: Verification, repaired: RepairResult | None = None) -> dict[str, Any]:
     damaged = [{**vars(d), "file": str(d.file)} for d in result.damaged]
-    return {"ok": result.ok, "rows": result.rows, "bytes": result.bytes, "damaged": damaged}
+    found = {"ok": result.ok, "rows": result.rows, "bytes": result.bytes, "damaged": damaged}
+    return found if repaired is None else {**found, "repaired": vars(repaired)}
+
+
+def show_label(result: LabelResult) -> None:
+    if not result.changed:
+        click.echo(f"{result.cache}: all of it is so already, nothing to do")
+        return
+    parts = [f"targets {', '.join(result.targets) or 'none'}"]
+    parts += [f"splits {', '.join(result.splits)}"] if result.splits else []
+    parts += [f"groups {', '.join(result.groups)}"] if result.groups else []
+    parts += [f"folds of {', '.join(map(str, result.folds))} rows"] if result.folds else []
+    click.echo(f"{result.cache}: {result.rows:,} rows; {'; '.join(parts)}")
+    if result.unlisted:
+        click.echo(
+            f"{counted(result.unlisted, 'row')} of the cache not in the list: no label, and no "
+            "split if it says splits",
+            err=True,
+        )
+
+
+def print_labelling(columns: Mapping[str, Sequence[str]]) -> None:
+    """The labelling as CSV on stdout, a line a row."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    click.echo(text.getvalue(), nl=False)
 
 
 def show_copy(config: CopyConfig, result: CopyResult) -> None:
@@ -141,7 +187,7 @@ def show_copy(config: CopyConfig, result: CopyResult) -> None:
 # --- stage two --------------------------------------------------------------------------------
 
 
-def show_train(out: str, result: TrainResult, refitted: Mapping[str, Any] | None) -> None:
+def show_train(out: str, result: TrainResult, refitted: RefitResult | None) -> None:
     """A leaderboard a task, and what was refitted."""
     if not result.epochs_trained:
         click.echo(f"{out}: already finished, nothing to do")
@@ -181,7 +227,7 @@ def _show_members(members: Sequence[MemberResult]) -> None:
     print_columns(header, rows)
 
 
-def show_sweep(out: str, result: SweepResult, refitted: Mapping[str, Any] | None) -> None:
+def show_sweep(out: str, result: SweepResult, refitted: RefitResult | None) -> None:
     if not result.trained:
         click.echo(f"{out}: already finished, nothing to do")
     _show_trials(result.trials, result.metric or "")
@@ -215,21 +261,20 @@ def _show_trials(trials: Sequence[TrialDone], metric: str) -> None:
         click.echo(f"… {len(trained) - len(shown)} more in summary.csv")
 
 
-def _show_refit(refitted: Mapping[str, Any]) -> None:
-    for winner in refitted["winners"]:
-        chosen = [name for name in winner["chosen"] if name != "task"]
-        shown = "".join(f", {name} {short(winner['settings'][name])}" for name in chosen)
-        seeds = winner["val_seeds"]
-        spread = f" ± {winner['val_deviation']:.4f}" if len(seeds) > 1 else ""
+def _show_refit(refitted: RefitResult) -> None:
+    for winner in refitted.winners:
+        chosen = {k: v for k, v in refitted.chosen(winner).items() if k != "task"}
+        shown = "".join(f", {name} {short(value)}" for name, value in chosen.items())
+        spread = f" ± {winner.deviation:.4f}" if len(winner.seeds) > 1 else ""
         click.echo(
-            f"refit {winner['task']}: {winner['method']}{shown}, val {winner['val']:.4f}{spread} "
-            f"over {counted(len(seeds), 'seed')}; trained on train + val with "
-            f"{counted(len(refitted['seeds']), 'seed')}: {refitted['run']}"
+            f"refit {winner.task}: {winner.member.method}{shown}, val {winner.score:.4f}{spread} "
+            f"over {counted(len(winner.seeds), 'seed')}; trained on train + val with "
+            f"{counted(len(refitted.seeds), 'seed')}: {refitted.run}"
         )
 
 
-def _show_next(what: str, out: str, refitted: Mapping[str, Any] | None) -> None:
-    where = refitted["run"] if refitted else out
+def _show_next(what: str, out: str, refitted: RefitResult | None) -> None:
+    where = refitted.run if refitted else out
     click.echo(f"{what}. Next: sidecache evaluate {shlex.quote(where)}", err=True)
 
 

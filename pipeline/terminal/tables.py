@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -29,12 +29,6 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
         click.echo(f"{name:<{width}}  {text}")
 
 
-def varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the settings that are not the same for all."""
-    names = dict.fromkeys(name for each in settings for name in each)
-    return [n for n in names if len({str(each.get(n)) for each in settings}) > 1]
-
-
 def counted(number: int, what: str) -> str:
     """`1 row`, `1,000 rows`."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
@@ -56,14 +50,21 @@ def clock_text(seconds: float) -> str:
 
 def titled(metric: str) -> str:
     """`val_top1` → `val top-1`."""
-    return metric.replace("_", " ").replace("top", "top-").replace("map", "mAP")
+    from pipeline.tasks import kind_of
+
+    name = metric.removeprefix("val_")
+    kind, prefix = kind_of(name), "val " if metric.startswith("val_") else ""
+    return prefix + (kind.scores[name] if kind else name)
 
 
 def score_text(metric: str, value: float | None) -> str:
-    """Fractions as percent; r2 and mae as they are; nothing for None."""
+    """As percent, or as it is, as the kind of target wants it; nothing for None."""
+    from pipeline.tasks import kind_of
+
     if value is None:
         return ""
-    return f"{value:.4f}" if metric.endswith(("r2", "mae")) else f"{value:.2%}"
+    kind = kind_of(metric.removeprefix("val_"))
+    return f"{value:.2%}" if kind and kind.percent else f"{value:.4f}"
 
 
 def loss_text(value: float | None, digits: int = 3) -> str:

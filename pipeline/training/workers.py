@@ -1,7 +1,7 @@
-"""Members side by side: one thread a core, each computing some stacks with its share of the cores.
+"""Members side by side: one thread a core, each computing some cohorts with its share of the cores.
 
-Members never wait for each other inside a step, so threads with stacks of their own keep the cores
-busier than one stack whose every operation is spread over all cores. An item always goes to the
+Members never wait for each other inside a step, so threads with cohorts of their own keep the cores
+busier than one cohort whose every operation is spread over all cores. An item always goes to the
 same thread, in order, so that a thread may be a batch ahead of another. One job, and whatever runs
 on a GPU, stays in the thread that asked: a second thread with an OpenMP team of its own would make
 every parallel operation of both a third slower.

@@ -6,11 +6,8 @@ child does the same job to its end; the result is compared. Stops when a child s
 """
 
 import itertools
-import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +15,12 @@ import h5py  # noqa: F401  (once here, not in every child)
 import numpy as np
 import zarr
 from cache_inputs import STACKS, Inputs, extract, fill, label, update
+from kill_steps import in_child, kill_at
 
 from cache import Labelling, Manifest, Reader, Writer, encode_keys, inspect, verify
 from cache.containers import journal
 from cache.containers.zarr import ZarrContainer
 from cache.ledger import Record
-
-STEPS = ("pwrite", "ftruncate", "rename", "replace", "link", "unlink", "mkdir", "rmdir", "open")
-CREATES = os.O_CREAT | os.O_TRUNC
 
 
 def same(step: int, what: str, one: object, other: object) -> None:
@@ -174,26 +169,6 @@ class Update(Job):
 JOBS = {"write": Write, "extend": Extend, "label": Label, "update": Update}
 
 
-def kill_at(step: int) -> None:
-    """From now on, the process dies at its `step`-th change of the disk."""
-    count = itertools.count(1)
-
-    def counted(name: str, call: Callable) -> Callable:
-        def wrapper(*args: object, **options: object) -> object:
-            if (name != "open" or args[1] & CREATES) and next(count) == step:
-                if name == "pwrite":
-                    fd, data, offset = args
-                    call(fd, data[: len(data) // 2], offset)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **options)
-
-        return wrapper
-
-    os.fsync = lambda fd: None  # changes nothing that a killed process leaves behind
-    for name in STEPS:
-        setattr(os, name, counted(name, getattr(os, name)))
-
-
 def publish_records_first() -> None:
     """A bug that this test exists for: the shard counts as done before its data are there."""
     begin = Writer._begin
@@ -218,22 +193,6 @@ def publish_documents_first() -> None:
 
     ZarrContainer.amend = hasty
     journal.publish = lambda path, change: None
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run in a fork; the signal that ended it, or 0. Any other failure ends this process."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            sys.stderr.write(f"{error!r}\n")
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        sys.exit(1)
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
 def run_killed(job: Job, location: Path, step: int) -> None:

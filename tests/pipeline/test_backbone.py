@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.backbones.timm_models import Backbone, load_backbone
 from pipeline.errors import BackboneError, SettingError
 from pipeline.features.taps import parse_taps
-from pipeline.side import FeatureSpec, TokenShape
+from pipeline.side.contract import FeatureSpec, TokenShape
 from pipeline.side.layers import FrozenNorm, pool_tokens
 
 pytestmark = pytest.mark.numerics

@@ -12,6 +12,7 @@ from conftest import extract_config, train_config
 
 from cache import (
     IdentityMismatch,
+    Labelling,
     Manifest,
     Reader,
     Stack,
@@ -28,7 +29,7 @@ from pipeline.copy import copy
 from pipeline.errors import MissingTaps, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.features.taps import store
+from pipeline.features.casting import store
 from pipeline.sources.open import open_source
 from pipeline.train import train
 
@@ -242,10 +243,12 @@ def test_a_sum_that_does_not_fit_is_named(tmp_path: Path) -> None:
     manifest = Manifest(
         identity={"made": "by hand"},
         storage="float16",
-        rows=2,
+        parts=(2,),
         stacks=(Stack(name="tokens", taps=("z0", "z1"), tokens=3, prefix_tokens=1, dim=4),),
     )
-    with Writer(tmp_path / "c.zarr", manifest, {"keys": encode_keys(["a", "b"])}) as writer:
+    with Writer(
+        tmp_path / "c.zarr", manifest, Labelling(rows=2), {"keys": encode_keys(["a", "b"])}
+    ) as writer:
         writer.write(0, {"tokens": np.full((2, 1, 2, 3, 4), 5e4, np.float16)})
     with pytest.raises(
         StorageOverflow, match=r"tap z0\.\.z1 of a: values .* to 9.997e\+04 do not fit float16"

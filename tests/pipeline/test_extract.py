@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -23,11 +21,20 @@ from conftest import extract_config, paint
 from PIL import Image
 
 import cli
-from cache import CacheIncomplete, IdentityMismatch, Reader, StorageOverflow, decode, verify
+from cache import (
+    CacheIncomplete,
+    IdentityMismatch,
+    LabellingMismatch,
+    Reader,
+    StorageOverflow,
+    decode,
+    verify,
+)
 from pipeline import extract as stage
 from pipeline.backbones.timm_models import Preprocessing, load_backbone
 from pipeline.errors import ImageError, SettingError
-from pipeline.extract import Skipped, extract
+from pipeline.extract import extract
+from pipeline.features.filling import Skipped
 from pipeline.sources.batches import image_batches
 from pipeline.sources.open import open_source
 
@@ -95,7 +102,6 @@ def test_a_source_with_several_targets(images: Path, zarr_cache: Path, tmp_path:
         expected = [n / 4 if n % 5 else np.nan for n in range(24)]
         np.testing.assert_array_equal(reader.labels("age"), np.array(expected, np.float32))
         assert reader.labels("marks")[:, 0].tolist() == [1, 0, -1] * 8
-        assert not {"labels", "classes"} & set(reader.manifest.identity["source"])
     assert np.array_equal(arrays(tmp_path / "c.zarr"), arrays(zarr_cache))
     shown = CliRunner().invoke(cli.main, ["inspect", str(tmp_path / "c.zarr")]).stdout
     lines = dict(re.split(" {2,}", line, maxsplit=1) for line in shown.splitlines())
@@ -105,34 +111,27 @@ def test_a_source_with_several_targets(images: Path, zarr_cache: Path, tmp_path:
     assert re.fullmatch(r"\d+(\.\d\d)? s", lines["extraction"])
 
 
-def test_labels_of_every_target_are_part_of_the_identity(images: Path, tmp_path: Path) -> None:
+def test_other_labels_of_any_target_are_told(images: Path, tmp_path: Path) -> None:
     config = extract_config(several(images, tmp_path / "list.csv"), tmp_path / "c.zarr")
     extract(config)
     several(images, tmp_path / "list.csv", marks="dim")
-    with pytest.raises(IdentityMismatch, match=r"source\.targets\.marks\.classes") as caught:
+    with pytest.raises(LabellingMismatch, match=r"sidecache label .*c\.zarr .*list\.csv"):
         extract(config)
-    assert [name for name, _, _ in caught.value.differences] == ["source.targets.marks.classes"]
     several(images, tmp_path / "list.csv", order="marks,age")
-    with pytest.raises(IdentityMismatch, match="targets"):  # another one comes second
+    with pytest.raises(LabellingMismatch):  # another one comes second
         extract(config)
     several(images, tmp_path / "list.csv")
     assert extract(config).extracted_rows == 0
 
 
-def test_the_identity_of_one_class_target_is_as_ever(images: Path, zarr_cache: Path) -> None:
-    """Caches made before there were several targets are continued, not refused."""
-    source = open_source(images)
+def test_the_identity_is_that_of_the_features(zarr_cache: Path) -> None:
+    """What is asked of the inputs, and which inputs there are, is not in it."""
     with Reader(zarr_cache) as reader:
         names = set(reader.manifest.identity)
-        identity = reader.manifest.identity["source"]
     assert names == {
         "backbone", "preprocessing", "taps", "gather", "tokens", "dtype", "precision", "views",
-        "source", "versions",
+        "versions",
     }  # fmt: skip
-    assert set(identity) == {"files", "keys", "labels", "classes", "splits"}
-    labels = [["blue", "green", "red"].index(row.key.split("/")[1]) for row in source.rows]
-    for name, values in (("labels", labels), ("classes", ["blue", "green", "red"])):
-        assert identity[name] == hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def test_deep_grey_is_part_of_the_identity(tmp_path: Path, zarr_cache: Path) -> None:
@@ -252,7 +251,7 @@ def test_kill_9_then_the_same_command(images: Path, tmp_path: Path, suffix: str)
     arguments = ["extract", str(images), "--model", "test_vit", "--no-pretrained", "--no-amp"]
     arguments += ["--img-size", "32", "-j", "0", "-b", "5", "--dtype", "float32", "--device", "cpu"]
     script = (
-        "import time, cache.manifest, cli, pipeline.extract as stage\n"
+        "import time, cache.manifest, cli, pipeline.features.filling as stage\n"
         "cache.manifest.SHARD_BYTES, real = 1, stage._write\n"
         "stage._write = lambda *a: (time.sleep(0.4), real(*a))[1]\n"
         "cli.main()\n"
@@ -296,7 +295,6 @@ def _rows_done(path: Path) -> int:
         ({"taps": "last:2"}, "taps"),
         ({"dtype": "float16"}, "dtype"),
         ({"amp": True}, "precision"),
-        ({"split": ("train",)}, "source.keys"),
     ],
 )
 def test_another_identity_is_refused(
@@ -308,13 +306,20 @@ def test_another_identity_is_refused(
     assert "--overwrite" in str(caught.value)
 
 
+def test_other_inputs_are_refused_and_counted(cache: Path, images: Path) -> None:
+    config = dataclasses.replace(extract_config(images, cache), split=("train",))
+    with pytest.raises(IdentityMismatch, match=r"(?s)12 vanished.*--update.*--overwrite") as caught:
+        extract(config)
+    assert caught.value.differences == [("inputs.vanished", 12, 0)]
+
+
 def test_a_changed_image_is_refused_and_named(tmp_path: Path) -> None:
     images = paint(tmp_path / "images", train=1, val=1, test=1)
     out = tmp_path / "c.zarr"
     extract(extract_config(images, out))
     before = arrays(out)
     Image.new("RGB", (32, 32), "white").save(images / "val" / "green" / "0.png")
-    with pytest.raises(IdentityMismatch, match=r"changed since: val/green/0\.png"):
+    with pytest.raises(IdentityMismatch, match=r"1 changed: val/green/0\.png"):
         extract(extract_config(images, out))
     assert np.array_equal(arrays(out), before)
     assert extract(extract_config(images, out, overwrite=True)).extracted_rows == 9

@@ -14,8 +14,9 @@ from conftest import extract_config, train_config
 from cache import Reader, decode, verify
 from pipeline.config import Member
 from pipeline.extract import extract
+from pipeline.records import PassStarted
 from pipeline.runs.run import Run
-from pipeline.train import Start, train
+from pipeline.train import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +80,7 @@ def test_training_equals_the_cpu(zarr_cache: Path, tmp_path: Path, resident: str
     train(config)
     changes = {"device": "cuda", "resident": resident, "out": str(tmp_path / "gpu")}
     train(dataclasses.replace(config, **changes), records.append)
-    (start,) = [record for record in records if isinstance(record, Start)]
+    (start,) = [record for record in records if isinstance(record, PassStarted)]
     assert start.resident == resident
     runs = [Run(tmp_path / name).metrics() for name in ("gpu", "cpu")]
     ours, theirs = ([line["train_loss"] for line in lines] for lines in runs)

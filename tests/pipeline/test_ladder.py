@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.backbones.blocks import describe, matrices
-from pipeline.side import FeatureSpec, TokenShape
+from pipeline.side.contract import FeatureSpec, TokenShape
 from pipeline.side.ladder import LST, LSTSettings, keep_layers
 from pipeline.side.ladder_blocks import KINDS, LeanAttention, SideBlock
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pipeline.errors import SettingError
-from pipeline.features import memory
-from pipeline.features.operands import choose_resident
+from pipeline.features import residence
+from pipeline.features.residence import choose_resident, free_memory
 
 GB = 10**9
 
@@ -27,8 +27,8 @@ def group(folder: Path, limit: str, used: int, cached: int, *, version: int = 2)
 
 def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> Path:
     (tmp_path / "cgroup").write_text(lines)
-    monkeypatch.setattr(memory, "PROCESS", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "GROUPS", tmp_path / "sys")
+    monkeypatch.setattr(residence, "PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(residence, "GROUPS", tmp_path / "sys")
     return tmp_path / "sys"
 
 
@@ -38,7 +38,7 @@ def test_a_limit_on_a_group_above_counts(tmp_path: Path, monkeypatch: pytest.Mon
     group(root / "slurm", "max", 9 * GB, 0)
     group(root / "slurm/job_7", str(GB), GB // 2, GB // 10)
     group(root / "slurm/job_7/step_0", "max", GB // 2, 0)
-    assert memory.free_memory() == GB - GB // 2 + GB // 10
+    assert free_memory() == GB - GB // 2 + GB // 10
 
 
 def test_within_a_container_the_root_is_the_group(
@@ -47,23 +47,23 @@ def test_within_a_container_the_root_is_the_group(
     """Docker shows the host's path of the group, which is not there, or `/`."""
     root = pretend(tmp_path, monkeypatch, "0::/system.slice/docker-abc.scope\n")
     group(root, str(GB), GB // 4, 0)
-    assert memory.free_memory() == GB - GB // 4
+    assert free_memory() == GB - GB // 4
 
 
 def test_the_older_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "5:cpu,cpuacct:/x\n4:hugetlb,memory:/kubepods/pod1\n0::/\n"
     root = pretend(tmp_path, monkeypatch, lines)
     group(root / "memory/kubepods/pod1", str(GB), GB // 2, GB // 5, version=1)
-    assert memory.free_memory() == GB - GB // 2 + GB // 5
+    assert free_memory() == GB - GB // 2 + GB // 5
 
 
 def test_no_limit_is_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = pretend(tmp_path, monkeypatch, "0::/user.slice\n")
     group(root / "user.slice", "max", GB, 0)
     available = psutil.virtual_memory().available
-    assert memory.free_memory() == pytest.approx(available, rel=0.05)
-    monkeypatch.setattr(memory, "PROCESS", tmp_path / "not Linux")
-    assert memory.free_memory() == pytest.approx(available, rel=0.05)
+    assert free_memory() == pytest.approx(available, rel=0.05)
+    monkeypatch.setattr(residence, "PROCESS", tmp_path / "not Linux")
+    assert free_memory() == pytest.approx(available, rel=0.05)
 
 
 def test_features_are_not_put_where_the_group_would_be_killed(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.side import FeatureSpec, TokenShape
+from pipeline.side.contract import FeatureSpec, TokenShape
 from pipeline.side.gather import Gather, found_among
 from pipeline.side.last import LAST, LASTSettings
 from pipeline.side.miet import MIET, MIETSettings

@@ -23,12 +23,16 @@ from pipeline.device import pick_device, pick_precision
 from pipeline.errors import DeviceError, SettingError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.features import operands, writing
-from pipeline.features.operands import choose_resident
+from pipeline.features import operands, reading, writing
+from pipeline.features.residence import choose_resident
 from pipeline.predict import predict
+from pipeline.records import EpochDone, PassStarted
 from pipeline.runs.run import Run
 from pipeline.side.layers import fused_attention
-from pipeline.train import EpochDone, Start, train
+from pipeline.train import train
+from pipeline.training import learners
+from pipeline.training.cohort import Cohort
+from pipeline.training.passes import Pass
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("last", {"rank": 4}),
@@ -92,7 +96,7 @@ def test_every_residence_gives_the_same(zarr_cache: Path, tmp_path: Path, reside
     with PretendGPU(number=1):
         changes = {"device": "cuda:1", "resident": resident, "out": str(tmp_path / "gpu")}
         train(dataclasses.replace(config, **changes), records.append)
-        (start,) = [record for record in records if isinstance(record, Start)]
+        (start,) = [record for record in records if isinstance(record, PassStarted)]
         assert (start.resident, start.device) == (resident, "pretended")
         (ours,) = evaluate(tmp_path / "gpu", device="cuda:1", amp=False)
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
@@ -189,7 +193,7 @@ def test_validation_waits_at_its_end_alone(
 ) -> None:
     waits = []
     for size in (1, 6):
-        monkeypatch.setattr("pipeline.training.members.EVAL_BATCH", size)
+        monkeypatch.setattr("pipeline.training.scoring.EVAL_BATCH", size)
         with PretendGPU() as gpu:
             train(train_config(zarr_cache, tmp_path / str(size), LAST, LINEAR, device="cuda"))
         waits.append(gpu.blocking)
@@ -201,7 +205,7 @@ def without_number(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_events(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(operands, "record_event", lambda _: None)
+    patch.setattr(reading, "record_event", lambda _: None)
     patch.setattr(operands, "_CHUNK_BYTES", 1)  # loading, too, then uses its buffers again
 
 
@@ -211,7 +215,7 @@ def with_events_of_another_gpu(patch: pytest.MonkeyPatch) -> None:
         event.record()
         return event
 
-    patch.setattr(operands, "record_event", record)
+    patch.setattr(reading, "record_event", record)
 
 
 def with_an_index_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
@@ -251,13 +255,13 @@ def test_the_pretended_gpu_finds_faults(
 def test_the_pretended_gpu_counts_a_wait_at_every_step(
     zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stage.Stack.step
+    real = Cohort.step
 
     def step(self: Any, *arguments: Any) -> None:
         torch.tensor([1.0], device="cuda")
         real(self, *arguments)
 
-    monkeypatch.setattr(stage.Stack, "step", step)
+    monkeypatch.setattr(Cohort, "step", step)
     waits = []
     for size in (4, 6):  # three steps an epoch, and two
         with PretendGPU() as gpu:
@@ -293,11 +297,11 @@ def test_extraction_waits_for_its_own_batch_alone(images: Path, tmp_path: Path) 
 # --- memory -----------------------------------------------------------------------------------
 
 
-def run_in(memory: int, config: Any) -> tuple[PretendGPU, Start]:
+def run_in(memory: int, config: Any) -> tuple[PretendGPU, PassStarted]:
     records: list[object] = []
     with PretendGPU(memory) as gpu:
         train(dataclasses.replace(config, device="cuda"), records.append)
-    (start,) = [record for record in records if isinstance(record, Start)]
+    (start,) = [record for record in records if isinstance(record, PassStarted)]
     return gpu, start
 
 
@@ -312,10 +316,10 @@ def test_features_leave_room_for_a_step_of_all_members(
     assert large.peak > needed + start.bytes / 2
 
     tight = int(needed + start.bytes * 0.9)  # both fit only if the step were forgotten
-    monkeypatch.setattr(stage, "STEP_SHARE", 1.0)
+    monkeypatch.setattr(learners, "STEP_SHARE", 1.0)
     gpu, start = run_in(tight, dataclasses.replace(config, out=str(tmp_path / "tight")))
     assert start.resident == "ram" and gpu.peak <= tight
-    monkeypatch.setattr(stage, "step_bytes", lambda *_: 0)
+    monkeypatch.setattr(learners, "step_bytes", lambda *_: 0)
     with pytest.raises(DeviceError, match=r"memory is full.*--resident ram or disk"):
         run_in(tight, dataclasses.replace(config, out=str(tmp_path / "forgotten"),
                                           resident="device"))  # fmt: skip
@@ -327,14 +331,14 @@ def test_members_beyond_the_memory_take_turns(
     config = train_config(zarr_cache, tmp_path / "cpu", *several(LAST, 4), resident="ram")
     train(config)
     sizes: list[list[int]] = []
-    real = stage.make_stacks
+    real = learners.make_cohorts
 
     def spy(*arguments: Any, **named: Any) -> Any:
-        stacks = real(*arguments, **named)
-        sizes.append([len(stack.members) for stack in stacks])
-        return stacks
+        cohorts = real(*arguments, **named)
+        sizes.append([len(cohort.members) for cohort in cohorts])
+        return cohorts
 
-    monkeypatch.setattr(stage, "make_stacks", spy)
+    monkeypatch.setattr(learners, "make_cohorts", spy)
     whole, _ = run_in(2**30, dataclasses.replace(config, out=str(tmp_path / "whole")))
     assert sizes == [[4]]
     sizes.clear()
@@ -366,13 +370,13 @@ def test_what_has_ended_leaves_the_gpu(zarr_cache: Path, tmp_path: Path) -> None
     """LAST for one epoch, linear for three: after the first, LAST's operands and weights go."""
     used: list[int] = []
     networks: list[weakref.ref[Any]] = []
-    real = stage._Pass._train_epoch
+    real = Pass._train_epoch
 
     def spy(self: Any, epoch: int) -> None:
         gc.collect()
         used.append(torch.cuda.memory_allocated())
         if not networks:
-            networks.extend(weakref.ref(stack.network) for _, stack in self.learning.stacks)
+            networks.extend(weakref.ref(c.network) for c in self.learners.cohorts.values())
         real(self, epoch)
         gc.collect()
         alive = [ref() is not None for ref in networks]
@@ -381,13 +385,13 @@ def test_what_has_ended_leaves_the_gpu(zarr_cache: Path, tmp_path: Path) -> None
     short = dataclasses.replace(LAST, epochs=1, warmup_epochs=0)
     config = train_config(zarr_cache, tmp_path / "run", short, LINEAR, device="cuda")
     with pytest.MonkeyPatch.context() as patch, PretendGPU():
-        patch.setattr(stage._Pass, "_train_epoch", spy)
+        patch.setattr(Pass, "_train_epoch", spy)
         train(config)
     alone = train_config(zarr_cache, tmp_path / "alone", LINEAR, device="cuda")
     before = list(used)
     used.clear()
     with pytest.MonkeyPatch.context() as patch, PretendGPU():
-        patch.setattr(stage._Pass, "_train_epoch", lambda s, e: (used.append(
+        patch.setattr(Pass, "_train_epoch", lambda s, e: (used.append(
             torch.cuda.memory_allocated()), real(s, e))[1])  # fmt: skip
         train(alone)
     assert before[1] < before[0] / 2

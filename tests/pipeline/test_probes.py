@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.side import FeatureSpec
 from pipeline.side.attentive import Attentive, AttentiveSettings
+from pipeline.side.contract import FeatureSpec
 from pipeline.side.linear import Linear, LinearSettings
 
 pytestmark = pytest.mark.numerics

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from pipeline.backbones.blocks import describe, matrices
 from pipeline.backbones.prune import Importance, fisher, fit_probe, ladder_tables, magnitude, prune
-from pipeline.side import FeatureSpec, TokenShape
+from pipeline.side.contract import FeatureSpec, TokenShape
 from pipeline.side.ladder import LST, LSTSettings
 
 pytestmark = pytest.mark.numerics

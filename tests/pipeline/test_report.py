@@ -26,10 +26,12 @@ from cache import Reader
 from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError, SourceError
 from pipeline.extract import extract
-from pipeline.pages.mistakes import confusion, deviations, precision_by_class
 from pipeline.report import Written, command_of, report
 from pipeline.runs.run import Run
 from pipeline.side import METHODS
+from pipeline.tasks.classes import ClassTask
+from pipeline.tasks.multilabel import MultilabelTask
+from pipeline.tasks.regression import RegressionTask
 from pipeline.train import train
 from pipeline.training.members import method_settings
 
@@ -379,7 +381,8 @@ def test_every_setting_has_a_flag() -> None:
 def test_confusion_counts_and_orders() -> None:
     labels = np.array([0, 0, 1, 2])
     logits = np.array([[5.0, 0, 0], [0, 3, 0], [0, 4, 0], [9, 0, 0]])
-    found = confusion(labels, logits, ["a", "b", "c"])
+    task = ClassTask(name="x", classes=("a", "b", "c"))
+    found = task.examine(labels, logits)
     assert found["matrix"] == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
     assert found["correct"] == 2
     assert [one["position"] for one in found["mistakes"]] == [3, 1]  # the surest first
@@ -390,7 +393,8 @@ def test_confusion_counts_and_orders() -> None:
 def test_many_classes_show_pairs() -> None:
     names = [f"class {i}" for i in range(40)]
     logits = np.eye(40)[[1, 1, 2]]
-    found = confusion(np.array([0, 0, 5]), logits, names)
+    task = ClassTask(name="x", classes=tuple(names))
+    found = task.examine(np.array([0, 0, 5]), logits)
     assert found["matrix"] is None
     assert found["pairs"][0] == {"truth": "class 0", "predicted": "class 1", "count": 2, "of": 2}
 
@@ -399,7 +403,8 @@ def test_average_precision_by_definition() -> None:
     random = np.random.default_rng(0)
     labels = (random.random((50, 3)) < [0.5, 0.1, 0.0]).astype(np.int8)
     scores = random.normal(size=(50, 3)).round(1)  # with ties
-    found = precision_by_class(labels, scores, ["a", "b", "none"])
+    task = MultilabelTask(name="x", classes=("a", "b", "none"))
+    found = task.examine(labels, scores)
     table = {line["name"]: line["ap"] for line in found["table"]}
     for c, name in enumerate("ab"):
         own = scores[:, c]
@@ -414,7 +419,8 @@ def test_average_precision_by_definition() -> None:
 
 
 def test_deviations_show_the_largest() -> None:
-    found = deviations(np.array([1.0, 2.0, 3.0]), np.array([[1.5], [2.0], [1.0]]), [])
+    labels, predicted = np.array([1.0, 2.0, 3.0]), np.array([[1.5], [2.0], [1.0]])
+    found = RegressionTask(name="x").examine(labels, predicted)
     assert [one["position"] for one in found["mistakes"]] == [2, 0, 1]
     assert found["mistakes"][0]["error"] == -2.0 and found["mae"] == pytest.approx(2.5 / 3)
 

@@ -22,18 +22,19 @@ from click.testing import CliRunner
 from conftest import train_config
 
 import cli
-from pipeline import train as stage
-from pipeline.config import Member, TrainConfig
+from pipeline.config import Member, SweepConfig, TrainConfig
 from pipeline.errors import RunError
 from pipeline.evaluate import evaluate
+from pipeline.records import EpochDone, RoundStarted
 from pipeline.refit import refit, winners
 from pipeline.report import report
 from pipeline.runs import folder
 from pipeline.runs import run as run_module
 from pipeline.runs.folder import append_text, hold, other_names, replace_text, sweep_litter
 from pipeline.runs.run import Run
-from pipeline.sweep import RoundStarted, SweepConfig, sweep
-from pipeline.train import EpochDone, train
+from pipeline.sweep import sweep
+from pipeline.train import train
+from pipeline.training import saver
 
 LINEAR = Member(method="linear", epochs=3, warmup_epochs=0)
 
@@ -248,11 +249,13 @@ def test_a_run_is_written_by_one_process(zarr_cache: Path, tmp_path: Path) -> No
 def test_trainings_at_once_leave_one_run(zarr_cache: Path, tmp_path: Path) -> None:
     script = (
         "import json, sys, time, pipeline.train as t\n"
+        "from pipeline.training import saver\n"
         "from pipeline.config import TrainConfig\n"
-        "t.CHECKPOINT_SECONDS, t.CHECKPOINT_SHARE = 0.0, 1e9\n"
+        "from pipeline.records import EpochDone\n"
+        "saver.CHECKPOINT_SECONDS, saver.CHECKPOINT_SHARE = 0.0, 1e9\n"
         "config = TrainConfig.from_dict(json.loads(sys.argv[1]))\n"
         "while time.time() < float(sys.argv[2]): pass\n"
-        "t.train(config, lambda r: time.sleep(0.1) if isinstance(r, t.EpochDone) else None)\n"
+        "t.train(config, lambda r: time.sleep(0.1) if isinstance(r, EpochDone) else None)\n"
     )
     config = train_config(zarr_cache, tmp_path / "run", dataclasses.replace(LINEAR, epochs=20))
     begin = str(time.time() + 8)
@@ -312,8 +315,8 @@ def test_files_reach_the_disk_before_what_vouches_for_them(
 
     monkeypatch.setattr(os, "fsync", noting_fsync)
     monkeypatch.setattr(Path, "replace", noting_replace)
-    monkeypatch.setattr(stage, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(stage, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(saver, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(saver, "CHECKPOINT_SHARE", 1e9)
     short = dataclasses.replace(LINEAR, epochs=1)
     train(train_config(zarr_cache, out, LINEAR, short))
     run = "new/above/run"

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.side import METHODS, FeatureSpec, SideNetwork
+from pipeline.config import Member, PassConfig
+from pipeline.setting import settings_of
+from pipeline.side import METHODS
+from pipeline.side.contract import FeatureSpec, SideNetwork
 from pipeline.side.last import LAST, LASTSettings
 from pipeline.side.rank_space import Attention, Plan
+from pipeline.side.settings import Settings
 
 pytestmark = pytest.mark.numerics
 
@@ -35,6 +39,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("last", {"rank": 4}),
     ("last", {"rank": 4, "gap": 2, "depth": 3, "heads": 2, "pool": "cls"}),
 ]
+CASES += [(method, {}) for method in METHODS if method not in dict(CASES)]  # a new one, as it is
 
 
 def build(
@@ -69,6 +74,41 @@ def run(network: SideNetwork, features: dict[str, Tensor]) -> Tensor:
     return network(network.operands(features, torch.float64))
 
 
+def another(settings: Settings, name: str) -> Any:
+    """Another value than a setting has."""
+    value, about = getattr(settings, name), settings_of(type(settings))[name]
+    return next(c for c in about.choices if c != value) if about.choices else value + 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestSettings:
+    """What a method brings along for flags, help, search spaces and the reference."""
+
+    def test_they_are_the_same_without_torch(self, method: str) -> None:
+        network, light = METHODS[method], METHODS.settings(method)
+        own = network.settings_class
+        assert network.method == method and light is not own
+        assert settings_of(light) == settings_of(own)
+        assert (light.recipe, light.drops) == (own.recipe, own.drops)
+
+    def test_each_is_a_setting_with_help_that_runs_on(self, method: str) -> None:
+        settings = METHODS[method].settings_class
+        found = settings_of(settings)
+        assert list(found) == [field.name for field in dataclasses.fields(settings)]
+        for name, about in found.items():
+            assert about.help and not about.help.endswith("."), name
+            assert about.default is not None or about.unset, name
+
+    def test_names_mean_one_thing(self, method: str) -> None:
+        """In one comma list for all methods, beside those of learning and of the pass."""
+        found = settings_of(METHODS[method].settings_class)
+        for other in METHODS.values():
+            for name, about in settings_of(other.settings_class).items():
+                assert name not in found or about.type == found[name].type
+        for owner in (Member, PassConfig):
+            assert not found.keys() & {field.name for field in dataclasses.fields(owner)}
+
+
 @pytest.mark.parametrize(("method", "settings"), CASES)
 class TestContract:
     def test_shape_and_determinism(
@@ -84,14 +124,13 @@ class TestContract:
         self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
     ) -> None:
         network = build(make_spec(), method, settings)
-        assert (network.drop_sites > 0) == METHODS[method].drops
+        assert (network.drop_sites > 0) == METHODS[method].settings_class.drops
 
     def test_idle_settings_decide_nothing(
         self, make_spec: MakeSpec, method: str, settings: dict[str, Any]
     ) -> None:
         network = build(make_spec(), method, settings)
-        others = {"merge": "mean"}
-        idle = {name: others[name] for name in network.settings.idle()}
+        idle = {name: another(network.settings, name) for name in network.settings.idle()}
         again = build(make_spec(), method, {**settings, **idle})
         features = features_for(network)
         assert torch.equal(run(network, features), run(again, features))

@@ -15,19 +15,14 @@ import pytest
 import yaml
 
 from cache import NameMissing
+from pipeline.config import SweepConfig
 from pipeline.errors import DeviceError, RunError, SettingError
 from pipeline.evaluate import evaluate
+from pipeline.records import EpochDone, RoundStarted, TrialDone
 from pipeline.runs.run import Run
 from pipeline.search.proposals import REDUCTION
 from pipeline.search.space import Chosen, Range, Space, read_space
-from pipeline.sweep import (
-    RoundStarted,
-    SweepConfig,
-    TrialDone,
-    add_costs,
-    sweep,
-)
-from pipeline.train import EpochDone
+from pipeline.sweep import add_costs, sweep
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = {"epochs": 2, "warmup_epochs": 0}
@@ -271,8 +266,8 @@ def test_a_stopped_sweep_goes_on_to_the_same_result(
     zarr_cache: Path, tmp_path: Path, whole: Path, random_space: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch, place: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pipeline.train.CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("pipeline.train.CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr("pipeline.training.saver.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.training.saver.CHECKPOINT_SHARE", math.inf)
     config = sweep_config(zarr_cache, tmp_path / "run", random_space,
                           sampler="random", trials=6, sampler_seed=10)  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
@@ -442,8 +437,8 @@ def test_halving_goes_on_after_a_kill_to_the_same_result(
     zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     """Killed after a rung was judged; the next process starts again before or after it."""
-    monkeypatch.setattr("pipeline.train.CHECKPOINT_SECONDS", seconds)
-    monkeypatch.setattr("pipeline.train.CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr("pipeline.training.saver.CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr("pipeline.training.saver.CHECKPOINT_SHARE", math.inf)
     space = {"method": "linear", "lr": [1e-7, 3e-2, 1e-6, 1e-2], "epochs": 6, "warmup_epochs": 0}
     config = sweep_config(zarr_cache, tmp_path / "one", space, sampler="grid", at_once=4,
                           halving=True)  # fmt: skip

@@ -18,9 +18,10 @@ from pipeline.errors import RunError, SettingError
 from pipeline.evaluate import evaluate, mean_and_deviation
 from pipeline.extract import extract
 from pipeline.predict import predict
+from pipeline.records import MemberStopped
 from pipeline.refit import refit, winners
 from pipeline.runs.run import Run, score_of
-from pipeline.train import MemberStopped, train
+from pipeline.train import train
 
 LAST = Member(method="last", epochs=6, warmup_epochs=1, lr=1e-2, settings={"rank": 4})
 TASKS = ("colour", "marks", "warmth")
@@ -131,7 +132,7 @@ def test_a_judge_stops_members_and_the_others_do_not_notice(
     assert dict(seen)[1] == ["m0", "m1", "m2", "m3", "m4", "m5"]
     assert dict(seen)[2] == ["m0", "m1", "m2", "m3", "m4"], "m5 has ended by itself"
     assert dict(seen)[4] == ["m0", "m2", "m4"] and 6 not in dict(seen)
-    assert len([r for r in records if isinstance(r, MemberStopped)]) == 2
+    assert [r.pruned for r in records if isinstance(r, MemberStopped)] == [True, True]
     train(train_config(zarr_cache, tmp_path / "free", *members, short))
     for member in ("m0", "m2", "m4", "m5"):
         assert losses(run, member) == pytest.approx(losses(tmp_path / "free", member), rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,15 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pipeline.search.proposals import TrialDone
-from pipeline.tasks.metrics import Task, average_precision, mean_average_precision, rank
+from cache.labelling import LABEL_DTYPES
+from pipeline.records import TrialDone, rank
+from pipeline.tasks import KINDS, Task, kind_of, task_from
+from pipeline.tasks.classes import ClassTask
+from pipeline.tasks.multilabel import MultilabelTask, average_precision, mean_average_precision
+from pipeline.tasks.regression import RegressionTask
 
 pytestmark = pytest.mark.numerics
 
 CPU = torch.device("cpu")
-CLASS = Task(name="colour", kind="class", classes=("a", "b", "c", "d", "e", "f"))
-MULTILABEL = Task(name="marks", kind="multilabel", classes=("x", "y", "z"))
-AGE = Task(name="age", kind="regression", centre=40.0, scale=10.0)
+CLASS = ClassTask(name="colour", classes=("a", "b", "c", "d", "e", "f"))
+MULTILABEL = MultilabelTask(name="marks", classes=("x", "y", "z"))
+AGE = RegressionTask(name="age", centre=40.0, scale=10.0)
 LABELS = {
     "colour": torch.tensor([3, -1, 0, 5]),
     "marks": torch.tensor([[1, 0, 0], [-1, -1, -1], [0, 1, 1], [0, 0, 0]], dtype=torch.int8),
@@ -77,8 +82,36 @@ class TestEveryKind:
             assert one.loss == pytest.approx(other.loss)
             assert next(iter(one.values)) == task.metric and one.score == one.values[task.metric]
 
+    def test_cells_are_read_as_they_were_written(self, task: Task) -> None:
+        labels = LABELS[task.name].numpy()
+        cells = [task.written(label) for label in labels]
+        classes, values = task.parse(cells, task.classes or None, lambda row: f"row {row}")
+        assert classes == task.classes and [not cell for cell in cells] == [0, 1, 0, 0]
+        np.testing.assert_array_equal(values, labels)
+
+    def test_labels_keep_their_classes_among_others(self, task: Task) -> None:
+        labels = LABELS[task.name].numpy()
+        wider = tuple(sorted({"new", *task.classes}, reverse=True)) if task.classes else ()
+        place = [wider.index(name) for name in task.classes]
+        moved = task.renumbered(labels, place, wider)
+        there = dataclasses.replace(task, classes=wider)
+        cells = [{*there.written(label).split(";")} for label in moved]
+        assert cells == [{*task.written(label).split(";")} for label in labels]
+        assert moved is not labels and moved.dtype == labels.dtype
+
     def test_round_trip(self, task: Task) -> None:
-        assert Task.from_dict(task.to_dict()) == task
+        assert task_from(task.to_dict()) == task
+        assert list(task.to_dict()) == ["name", "kind", "classes", "centre", "scale"]
+
+
+def test_every_kind_goes_by_its_name_and_has_columns_and_scores_of_its_own() -> None:
+    assert {type(task) for task in (CLASS, MULTILABEL, AGE)} == set(KINDS.values())
+    assert [kind.kind for kind in KINDS.values()] == list(KINDS)
+    assert KINDS.keys() <= LABEL_DTYPES.keys()
+    assert len({kind.column for kind in KINDS.values()}) == len(KINDS)
+    for kind in KINDS.values():
+        assert {kind_of(score) for score in kind.scores} == {kind}
+    assert kind_of("speed") is None
 
 
 def test_perfect_outputs_score_one() -> None:

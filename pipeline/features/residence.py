@@ -1,4 +1,4 @@
-"""How much memory there is to fill: of the machine, or of the container that this process lives in.
+"""Where features live during training: what fits beside all else, and what may still be filled.
 
 Slurm, Docker and Kubernetes set the limit on a control group; what the machine as a whole has free
 then says nothing, and whoever believes it is killed.
@@ -9,8 +9,38 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import torch
 
+from pipeline.errors import SettingError
+
+SPARE = 0.8  # of the free memory may be filled with features
 PROCESS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def choose_resident(wanted: str, nbytes: int, device: torch.device, step_bytes: int = 0) -> str:
+    """`device`, `ram` or `disk`: what was asked for if it fits, else the fastest that does.
+
+    A GPU's memory must hold `step_bytes` beside the features: what a training step of all members
+    takes. Raises SettingError if `device` or `ram` was asked for and `nbytes` do not fit.
+    """
+    room = {"ram": int(free_memory() * SPARE)}
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] - step_bytes
+        room = {"device": int(max(0, free) * SPARE), **room}
+    elif wanted == "device":
+        wanted = "ram"  # on the CPU they are the same memory
+    if wanted == "disk":
+        return "disk"
+    if wanted == "auto":
+        return next((place for place, free in room.items() if nbytes <= free), "disk")
+    if nbytes > room[wanted]:
+        beside = f" beside {step_bytes / 1e9:.2f} GB for a step" if step_bytes else ""
+        raise SettingError(
+            f"--resident {wanted}: the features take {nbytes / 1e9:.2f} GB there, "
+            f"{room[wanted] / 1e9:.2f} GB are free{beside}. --resident auto or disk reads them as "
+            f"needed."
+        )
+    return wanted
 
 
 def free_memory() -> int:

@@ -1,0 +1,215 @@
+"""What long functions report while they work, and what they return: plain values, without torch.
+
+A function takes a `report` callback and calls it with the records of its stage; the terminal turns
+them into bars, lines and JSON, another program may match on them. Scores are validation's. A number
+that is not finite cannot be compared, written as JSON or drawn: it is None from the start.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    "EpochDone",
+    "Loading",
+    "MemberResult",
+    "MemberStopped",
+    "PassStarted",
+    "RoundStarted",
+    "SweepRecord",
+    "SweepResult",
+    "TrainRecord",
+    "TrainResult",
+    "TrialDone",
+    "finite",
+    "rank",
+]
+
+
+def finite(value: float | None) -> float | None:
+    """The value; None in place of NaN and the infinities."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def rank(score: float | None, loss: float | None, *, stopped: bool) -> tuple[bool, float, float]:
+    """Sorts the members of one task, best first: by score, then by loss; those without a finite
+    score later, those that were stopped early last."""
+    score, loss = finite(score), finite(loss)
+    return stopped, math.inf if score is None else -score, math.inf if loss is None else loss
+
+
+# --- train ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """Reported while operands are computed and made resident."""
+
+    rows: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassStarted:
+    """Reported once, after the first timed steps: where the features live and the pace.
+
+    `left_out` counts rows that have no label for any target. `epochs_done` is above zero if a
+    killed run goes on.
+    """
+
+    members: int
+    parameters: int
+    train_rows: int
+    val_rows: int
+    left_out: int
+    resident: str
+    bytes: int
+    device: str
+    precision: str
+    seconds_per_epoch: float
+    epochs_done: int
+    epochs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochDone:
+    """Reported after each epoch: the lowest training loss of its members (NaN if none is finite),
+    and the best validation score so far, called `metric`, of those members that learn the first
+    member's task."""
+
+    epoch: int
+    epochs: int
+    members: int
+    train_loss: float
+    metric: str
+    score: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberStopped:
+    """Reported when a member leaves before its last epoch; the others go on.
+
+    `pruned` if a judge stopped it, for lagging behind; else its loss was not finite.
+    """
+
+    id: str
+    epoch: int
+    reason: str
+    pruned: bool
+
+
+TrainRecord = Loading | PassStarted | EpochDone | MemberStopped
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberResult:
+    """One trained member: all its settings, its last epoch's validation scores.
+
+    `scores` holds `val_<name>` for the task's scores and the loss, None where nothing was
+    validated; `metric` names the one that ranks.
+    """
+
+    id: str
+    method: str
+    settings: dict[str, Any]
+    parameters: int
+    metric: str
+    scores: dict[str, float | None]
+    stopped: str | None = None
+
+    @property
+    def score(self) -> float | None:
+        """The validation score that ranks."""
+        return self.scores[self.metric]
+
+    @property
+    def rank(self) -> tuple[bool, float, float]:
+        """Sorts members of one task, best first."""
+        return rank(self.score, self.scores["val_loss"], stopped=bool(self.stopped))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `train --json` shows it: the scores beside the rest."""
+        values = dict(vars(self))
+        scores = values.pop("scores")
+        return {**values, **scores}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What `train` did; nothing in no time if the run was already finished.
+
+    `images_per_second` counts each training row once an epoch, however many members learn from it.
+    """
+
+    run: str
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+    epochs_trained: int = 0
+    members: list[MemberResult]
+
+
+# --- sweep ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundStarted:
+    """Reported before a round is trained (or goes on). `trials_done` of `trials` are told."""
+
+    round: int
+    rounds: int
+    members: int
+    trials_done: int
+    trials: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialDone:
+    """One proposal, told to Optuna: `state` is done, pruned or failed, `reason` says why.
+
+    `settings` are those that the space left open; all others stand in RUN's files under the id
+    `member`, None if it could not be trained at all. Scores are validation's: `score` is the
+    primary one, higher is better; a pruned trial's is from when it was stopped.
+    """
+
+    number: int
+    state: str
+    member: str | None
+    method: str
+    settings: dict[str, Any]
+    score: float | None
+    loss: float | None
+    reason: str | None
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """As `Run.best_member` ranks, the earlier proposal first among equals."""
+        return (*rank(self.score, self.loss, stopped=self.state != "done"), self.number)
+
+
+SweepRecord = RoundStarted | TrialDone | TrainRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What `sweep` did: `trained` proposals in this call; counts and `trials` of the whole sweep.
+
+    `best` is the member's id that `evaluate` takes by itself, `settings` all of its settings,
+    `score` its validation score, called `metric`; None if no trial was scored. `trials` stand in
+    order of rank.
+    """
+
+    run: str
+    trained: int
+    done: int
+    pruned: int
+    failed: int
+    seconds: float
+    trials: list[TrialDone]
+    best: str | None = None
+    method: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    metric: str | None = None
+    score: float | None = None
