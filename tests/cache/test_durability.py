@@ -19,8 +19,9 @@ import pytest
 from cache_inputs import STACKS, Inputs, extract, fill, label
 
 from cache import Writer, verify
-from cache.containers import journal
 from cache.location import open_container
+from cache.stores import journal
+from cache.stores.store import Change
 
 LINKS = ("rename", "replace", "link")
 
@@ -72,7 +73,10 @@ class Disk:
 
     def named(self, source: Path, target: Path) -> None:
         """`source` is about to be `target`, too."""
-        if _unfinished(target):  # zarr, within a layout that has no name yet
+        if source in self.synced - self.bytes:
+            self.synced.add(target)
+        if _unfinished(target):  # within a layout that has no name yet
+            self.names.add(target)
             return
         below = [source, *source.rglob("*")] if source.is_dir() else [source]
         loose = [path for path in below if path in self.bytes or path not in self.synced]
@@ -155,7 +159,9 @@ def watch_records(disk: Disk, place: Path) -> None:
     for shard in range(container.manifest.shards):
         record = container.record_place(shard)
         files = [place / f"stacks/{stack}/c/{shard}/0/0/0/0" for stack in stacks]
-        disk.vouched[record.path, record.offset] = files if place.suffix == ".zarr" else [place]
+        disk.vouched[place.parent / record.name, record.offset] = (
+            files if place.suffix == ".zarr" else [place]
+        )
 
 
 def test_a_new_cache_is_on_the_disk_before_anything_is_written(location, sample, disk):
@@ -236,7 +242,7 @@ def test_records_of_an_update_come_after_what_they_vouch_for(location, disk):
             record = container.record_place(shard)
             names = [f"updates/1/stacks/{s.name}/c/{shard - 2}/0/0/0/0" for s in STACKS]
             files = [location / name for name in names]
-            disk.vouched[record.path, record.offset] = (
+            disk.vouched[location.parent / record.name, record.offset] = (
                 files if location.suffix == ".zarr" else [location]
             )
         fill(writer, new, added.start)
@@ -272,7 +278,7 @@ def test_the_recorder_finds_a_forgotten_journal(tmp_path, disk, monkeypatch, for
     watch_decisions(disk, location)
     real = journal.publish
 
-    def publish(path: Path, change: journal.Journal) -> None:
+    def publish(path: Path, change: Change) -> None:
         if forgotten == "it stays":
             real(path, change)
             journal.journal_path(path).unlink()

@@ -330,7 +330,7 @@ def test_a_version_1_cache_is_repaired_and_stays_of_version_1(copied):
     storage, content = CASES[copied.name]
     container = Reader(copied).container
     extents = container.slots("tokens", 1)
-    with extents.path.open("r+b") as file:
+    with (copied.parent / extents.name).open("r+b") as file:
         file.seek(int(extents.offsets[0, 1]))
         file.write(b"\x12\x34")
     (damage,) = verify(copied).damaged

@@ -168,7 +168,7 @@ def test_masks_are_written_from_a_file_and_read_row_by_row(location, sample, tmp
     pixels = {"sky": (masks == 0).sum(), "sea": (masks == 1).sum()}
     assert inspect(location).targets["mask"] == pixels
     extent = open_container(location).table("labellings/0/labels/mask")
-    with extent.path.open("r+b") as file:
+    with (location.parent / extent.name).open("r+b") as file:
         file.seek(extent.offset + 9)
         file.write(b"\7")
     assert "labels/mask" in str(verify(location).damaged[0])
@@ -517,7 +517,7 @@ def flip(location: Path, stack: str, slot: int, view: int = 0) -> None:
     shard = int(container.manifest.shards_of(np.array(slot)))
     extents = container.slots(stack, shard)
     place = slot - container.manifest.shard_slots(shard).start
-    with extents.path.open("r+b") as file:
+    with (location.parent / extents.name).open("r+b") as file:
         file.seek(int(extents.offsets[place, view]) + 2)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
@@ -593,7 +593,7 @@ def test_lost_shards_are_told(location):
     extract(location, OLD)
     update(location, NEW)
     place = open_container(location).record_place(1)
-    with place.path.open("r+b") as file:
+    with (location.parent / place.name).open("r+b") as file:
         file.seek(place.offset + 30)
         file.write(b"\xff")
     flip(location, "tokens", 1)
@@ -601,7 +601,7 @@ def test_lost_shards_are_told(location):
     assert found.lost_shards == [1]
     assert {d.row for d in found.damaged} == {2, 6}  # slots 1 and 3; row c has gone
     if location.is_dir():
-        open_container(location).slots("late", 4).path.unlink()
+        (location.parent / open_container(location).slots("late", 4).name).unlink()
         found = verify(location)
         assert found.lost_shards == [1, 4]
         assert {d.row for d in found.damaged} == {2, 6, 4, 5}
