@@ -17,22 +17,27 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from pipeline.backbones.blocks import describe
 from pipeline.backbones.contract import Backbone, FinalNorm, Sink
 from pipeline.backbones.hooks import BlockHooks
 from pipeline.backbones.weights import read_weights, weights_sha256
-from pipeline.errors import BackboneError, SettingError, gist
+from pipeline.errors import BackboneError, SettingError, gist, needed_for
 from pipeline.side.contract import TokenShape
 from pipeline.side.tap import tap_depths
 from pipeline.sources.batches import ImageBatch, Images, image_batches
 
+<<<<<<< HEAD
 HUB = "hf-hub:"  # timm's word for a repository of the hub that holds a model for it
+=======
+with needed_for("a backbone", extra="extract"):
+    import timm
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+>>>>>>> main
 STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules
 
 

@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cache import Writer
 from pipeline.backbones.contract import Backbone
@@ -23,6 +23,9 @@ from pipeline.errors import ImageError
 from pipeline.features.writing import Layout, TokenBuffer
 from pipeline.sources.batches import ImageBatch
 from pipeline.sources.source import Source
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 WRITERS = 2  # threads that write, each from a buffer of its own; one more is being filled
 
