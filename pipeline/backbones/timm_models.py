@@ -29,15 +29,12 @@ from pipeline.side.contract import TokenShape
 from pipeline.side.tap import tap_depths
 from pipeline.sources.batches import ImageBatch, Images, image_batches
 
-<<<<<<< HEAD
-HUB = "hf-hub:"  # timm's word for a repository of the hub that holds a model for it
-=======
 with needed_for("a backbone", extra="extract"):
     import timm
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
 
->>>>>>> main
+HUB = "hf-hub:"  # timm's word for a repository of the hub that holds a model for it
 STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules
 
 
