@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-Write = tuple[int, bytes]  # where, what
+from cache.stores.store import Write
 
 
 class Overlay(io.RawIOBase):

@@ -96,19 +96,14 @@ def fill(
     has a reason in place of features), StorageOverflow naming tap and key, and what the writer
     raises. What was published stays, and the same call goes on from there.
     """
-    pending = list(writer.pending)
-    clock = _Legs()
+    pending, clock = list(writer.pending), _Legs()
     if not pending:
         return clock.legs
-    backbone = how.backbone
+    backbone, starts = how.backbone, writer.manifest.part_starts[:-1]
     batches = backbone.batches(
-        slots,
-        pending=pending,
-        batch_size=how.batch_size,
-        starts=writer.manifest.part_starts[:-1],
-        workers=how.workers,
+        slots, pending=pending, batch_size=how.batch_size, starts=starts, workers=how.workers,
         pin_memory=backbone.device.type == "cuda",
-    )
+    )  # fmt: skip
     total, row_bytes, done = sum(map(len, pending)), writer.manifest.slot_nbytes, 0
     free = [
         TokenBuffer(writer.manifest, how.layout, how.batch_size, backbone.device)

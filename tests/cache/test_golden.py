@@ -1,4 +1,4 @@
-"""Caches of format version 1 stay readable, to the same numbers, for ever."""
+"""Caches of every format version stay readable, to the same numbers, for ever."""
 
 import importlib.util
 import shutil
@@ -143,6 +143,89 @@ def test_todays_writer_makes_the_golden_content(name, tmp_path):
         assert reader.labelling_digest == Reader(GOLDEN / name).labelling_digest
 
 
+# ---- version 2 -----------------------------------------------------------------------------------
+
+FINGERPRINT_OF_LABELLED = "3ebd86322968449e27556514924cf33fd2bb26d5b55ca05589a8281ce7e8f0c4"
+LABELLED = "5d1302d43d6b57955d5c037bb7c57e4f53f030972d06f81f3b3eb1651e1785d2"
+UPDATED = "5372e01048e48d17f9426af3cc21e164384aebe2a18764673bb20967be7dbc6a"
+UPDATED_CONTENT = "f2403492cbb362ddf6ac3b241df00bd9b83a5acafea34e2e4c4a485709a11a3f"
+SECOND = {  # storage, content, labelling; the bytes are those of version 1's
+    "version_2.zarr": ("bfloat16", CASES["version_1.h5"][1], LABELLED),
+    "version_2.h5": ("int8", CASES["version_1_int8.h5"][1], LABELLED),
+    "version_2_updated.zarr": ("float16", UPDATED_CONTENT, UPDATED),
+    "version_2_updated.h5": ("float16", UPDATED_CONTENT, UPDATED),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_golden_cache_of_version_2_reads_to_known_numbers(name):
+    storage, content, labelling = SECOND[name]
+    assert verify(GOLDEN / name).ok and verify(GOLDEN / name).complete
+    with Reader(GOLDEN / name) as reader:
+        assert reader.container.format_version == 2
+        assert (reader.fingerprint, reader.manifest.formerly) == (FINGERPRINT_OF_LABELLED, "")
+        assert (reader.content, reader.labelling_digest) == (content, labelling)
+        values = exact(storage)
+        values[3] = 0
+        if "updated" in name:
+            values = np.concatenate([values, values[1:2, :, :, ::-1]])
+            assert (reader.manifest.parts, reader.slots.tolist()) == ((5, 1), [4, 3, 2, 5, 0])
+            assert reader.labelling.history == (LABELLED, UPDATED)
+        else:
+            assert (reader.manifest.parts, reader.slots.tolist()) == ((5,), [0, 1, 2, 3, 4])
+            assert reader.labelling.history == (LABELLED,)
+        for view in (0, 1):
+            read = decode(reader.read(range(5), view=view), storage)
+            np.testing.assert_array_equal(read, values[reader.slots, view])
+
+
+def exact(storage):
+    values = (np.arange(240).reshape(5, 2, 3, 2, 4) % 97 / 8).astype(np.float32)
+    if storage == "int8":
+        values[..., 0] = 127 / 8
+        values[..., 1, :] *= -2
+    return values
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_golden_cache_of_version_2_knows_its_rows_and_what_is_asked(name):
+    ages = np.array([1.5, np.nan, -2, 0, 1e-3], np.float32)
+    masks = [[0, 1, 255], [1, 1, 1], [255, 255, 255], [0, 0, 0], [1, 0, 1]]
+    marks = [[1, 0], [0, 0], [-1, -1], [1, 1], [0, 1]]
+    sites = ["north", "south", "north", "ünknown", "south"]
+    keys = [f"{n}.png" for n in range(5)]
+    lengths, inputs, asked = [2, 1, 0, 2, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]
+    if "updated" in name:
+        keys = ["4.png", "copy of 3.png", "2.png", "1.png", "0.png"]
+        lengths, inputs, asked = [1, 2, 0, 2, 2], [4, 3, 2, 5, 0], [4, 1, 2, 0, 0]
+    with Reader(GOLDEN / name) as reader:
+        assert reader.keys == keys
+        assert reader.lengths().tolist() == lengths
+        assert reader.source_sha256.tolist() == [[n] * 32 for n in inputs]
+        assert reader.labels().tolist() == np.array([0, 1, -1, 1, 0])[asked].tolist()
+        assert reader.labels("marks").tolist() == np.array(marks)[asked].tolist()
+        np.testing.assert_array_equal(reader.labels("age"), ages[asked])
+        assert reader.labels("mask").tolist() == np.array(masks)[asked][:, None].tolist()
+        assert reader.labels("mask", rows=[3, 0]).tolist() == [[masks[asked[n]]] for n in (3, 0)]
+        assert reader.split.tolist() == np.array([0, 0, -1, 1, 1])[asked].tolist()
+        assert reader.folds.tolist() == np.array([0, 1, 1, -1, 0])[asked].tolist()
+        assert reader.groups("site") == [sites[n] for n in asked]
+        skipped = inputs.index(3)
+        assert reader.skipped == {skipped: "truncated image"}
+        train = [n for n in range(5) if asked[n] in (0, 1) and n != skipped]
+        assert reader.split_rows("train").tolist() == train
+    assert inspect(GOLDEN / name).error == {"tokens": {"relative": 0.25, "worst_token": 0.5}}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_todays_writer_makes_the_golden_content_of_version_2(name, tmp_path):
+    storage, content, labelling = SECOND[name]
+    make().write_labelled(tmp_path / name, storage, updated="updated" in name)
+    with Reader(tmp_path / name) as reader:
+        assert (reader.content, reader.labelling_digest) == (content, labelling)
+        assert reader.fingerprint == FINGERPRINT_OF_LABELLED
+
+
 # ---- version 1 brought forward -------------------------------------------------------------------
 
 
@@ -247,7 +330,7 @@ def test_a_version_1_cache_is_repaired_and_stays_of_version_1(copied):
     storage, content = CASES[copied.name]
     container = Reader(copied).container
     extents = container.slots("tokens", 1)
-    with extents.path.open("r+b") as file:
+    with (copied.parent / extents.name).open("r+b") as file:
         file.seek(int(extents.offsets[0, 1]))
         file.write(b"\x12\x34")
     (damage,) = verify(copied).damaged

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache import CacheDamaged, Reader, Writer, files, inspect, verify
-from cache.containers import journal
 from cache.containers.overlay import Overlay
+from cache.stores import journal
+from cache.stores.store import Change
 
 BLOCK = 512
 OLD = Inputs.of("a", "b", "broken1")
@@ -37,7 +38,7 @@ def change(request, tmp_path_factory):
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
-    def stop(path: Path, change: journal.Journal) -> None:
+    def stop(path: Path, change: Change) -> None:
         shutil.copy(path, folder / "decided.h5")
         shutil.copy(journal.journal_path(path), folder / "redo")
         real(path, change)
