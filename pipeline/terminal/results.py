@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from pipeline.extract import ExtractResult
     from pipeline.label import LabelResult
     from pipeline.predict import Prediction
-    from pipeline.records import MemberResult, SweepResult, TrainResult, TrialDone
-    from pipeline.refit import RefitResult
+    from pipeline.records import MemberResult, RefitResult, SweepResult, TrainResult, TrialDone
     from pipeline.repair import RepairResult
     from pipeline.report import Written
 

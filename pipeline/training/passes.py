@@ -17,7 +17,7 @@ import torch
 
 from pipeline.features.operands import Batch
 from pipeline.records import MemberStopped, PassStarted, TrainRecord
-from pipeline.runs.run import member_id, position_of
+from pipeline.runs.summary import member_id, position_of
 from pipeline.training.cohort import Cohort
 from pipeline.training.history import History
 from pipeline.training.learners import Learners

@@ -23,7 +23,8 @@ from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.predict import predict
 from pipeline.report import report
-from pipeline.runs.run import Run, number_of, score_of
+from pipeline.runs.run import Run
+from pipeline.runs.summary import number_of, score_of
 from pipeline.tasks import KINDS
 from pipeline.tasks.contract import Answer, Parsed, Task, Where
 from pipeline.train import train
