@@ -83,6 +83,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether all of its members are trained."""
         return (self.path / SUMMARY).exists()
 
     @property
@@ -223,6 +224,7 @@ class Run:
         return state
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace checkpoint.pt: tensors and plain values alone, as nothing else is read back."""
         with whole_file(self.path / CHECKPOINT) as partial:
             torch.save(state, partial)
 
@@ -231,9 +233,11 @@ class Run:
         self._write(METRICS, "".join(map(json_line, lines)))
 
     def append_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Add the lines of an epoch to metrics.jsonl."""
         append_text(self.path / METRICS, "".join(map(json_line, lines)))
 
     def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a line for each member and epoch."""
         return read_lines(self.path / METRICS)
 
     def environment(self) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class Proposals:
 
     @property
     def told(self) -> list[TrialDone]:
+        """Of all trials that have ended, in order of number."""
         return [self._record(trial) for trial in self._trials(*_STATES.values())]
 
     def ask(self) -> int:

@@ -57,6 +57,7 @@ class Pass:
 
     @property
     def epochs_trained(self) -> int:
+        """Those that this pass has added to the history."""
         return self.history.done.epochs - self._epochs_before
 
     def run(self) -> None:
