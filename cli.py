@@ -43,7 +43,7 @@ from pipeline.terminal.progress import (
 from pipeline.terminal.results import caches, passes, runs
 
 if TYPE_CHECKING:
-    from pipeline.refit import RefitResult
+    from pipeline.records import RefitResult
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -209,10 +209,10 @@ def train(as_json: bool, method: list[str], refit: list[int] | None, **values: A
 def _refit(progress: Progress, config: PassConfig, seeds: list[int] | None) -> RefitResult | None:
     if not seeds:
         return None
-    from pipeline.refit import choose_and_refit
+    from pipeline.train import refit
 
     report = training(progress, "refitting")
-    return choose_and_refit(config.out, seeds, report, overwrite=config.overwrite)
+    return refit(config.out, seeds, report, overwrite=config.overwrite)
 
 
 @main.command(params=flags(SweepConfig))

@@ -19,7 +19,8 @@ from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
 from pipeline.features.labelled import feature_spec, labelled_rows
 from pipeline.features.operands import Batches
-from pipeline.runs.run import Run, TrainedMember
+from pipeline.runs.card import TrainedMember
+from pipeline.runs.run import Run
 from pipeline.sources.open import opener
 from pipeline.sources.source import Source
 from pipeline.tasks import Scores

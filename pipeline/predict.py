@@ -10,7 +10,8 @@ from torch import Tensor
 from pipeline.backbones.behind import go_live
 from pipeline.config import PredictConfig
 from pipeline.device import pick_device
-from pipeline.runs.run import Run, TrainedMember
+from pipeline.runs.card import TrainedMember
+from pipeline.runs.run import Run
 from pipeline.sources.folders import photos
 from pipeline.sources.source import REPAIR, FileSource, Row
 from pipeline.tasks import Answer

@@ -11,7 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import Member
 
 __all__ = [
     "EpochDone",
@@ -20,15 +23,18 @@ __all__ = [
     "MemberResult",
     "MemberStopped",
     "PassStarted",
+    "RefitResult",
     "RoundStarted",
     "SweepRecord",
     "SweepResult",
     "TrainRecord",
     "TrainResult",
     "TrialDone",
+    "Winner",
     "finite",
     "over_folds",
     "rank",
+    "without_seed",
 ]
 
 
@@ -191,6 +197,72 @@ class TrainResult:
     images_per_second: float = 0.0
     epochs_trained: int = 0
     members: list[MemberResult]
+
+
+# --- refit -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Winner:
+    """The setting of one task that validation likes best: its score with each of `seeds`."""
+
+    task: str
+    member: Member
+    seeds: tuple[int, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def score(self) -> float:
+        """Mean over the seeds."""
+        return mean(self.scores)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the seeds; 0 of one."""
+        return stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitResult:
+    """What `refit` did: the run directory that it left, and the settings that won in the run above
+    it, of which `open_settings` were not the same for all members."""
+
+    run: str
+    seeds: tuple[int, ...]
+    seconds: float
+    epochs_trained: int
+    winners: list[Winner]
+    open_settings: list[str]
+
+    def chosen(self, winner: Winner) -> dict[str, Any]:
+        """The winner's own of the open settings."""
+        settings = winner.member.all_settings
+        return {name: settings[name] for name in self.open_settings if name in settings}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `train --json` and `sweep --json` show it."""
+        return {
+            "run": self.run,
+            "seeds": list(self.seeds),
+            "seconds": self.seconds,
+            "winners": [
+                {
+                    "task": winner.task,
+                    "method": winner.member.method,
+                    "settings": without_seed(winner.member),
+                    "chosen": list(self.chosen(winner)),
+                    "val": winner.score,
+                    "val_deviation": winner.deviation,
+                    "val_seeds": list(winner.seeds),
+                }
+                for winner in self.winners
+            ],
+        }
+
+
+def without_seed(member: Member) -> dict[str, Any]:
+    """A member's settings but the seed, which is none: it only tells runs of one setting apart."""
+    return {name: value for name, value in member.all_settings.items() if name != "seed"}
 
 
 # --- sweep ------------------------------------------------------------------------------------

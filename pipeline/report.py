@@ -32,7 +32,8 @@ from pipeline.pages.leaderboard import (
 )
 from pipeline.pages.mistakes import add_thumbnails, examine
 from pipeline.runs.folder import replace_text
-from pipeline.runs.run import PAGE, SUMMARY, member_id
+from pipeline.runs.run import PAGE, SUMMARY
+from pipeline.runs.summary import member_id
 from pipeline.setting import settings_of
 from pipeline.side import METHODS
 from pipeline.sources.open import opener

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cache import Reader
-from pipeline import __version__
 from pipeline.config import Member, Question, TrainConfig
 from pipeline.device import (
     memory_explained,
@@ -33,8 +33,10 @@ from pipeline.features.labelled import (
     labelled_rows,
 )
 from pipeline.features.operands import Batches
-from pipeline.records import PassStarted, TrainRecord, TrainResult
-from pipeline.runs.run import CARD_VERSION, Run, environment
+from pipeline.records import PassStarted, RefitResult, TrainRecord, TrainResult, without_seed
+from pipeline.runs.run import Run, environment
+from pipeline.search.winners import refit_config, winners
+from pipeline.setting import varying
 from pipeline.side.contract import SideNetwork
 from pipeline.tasks import Task, task_of
 from pipeline.training.checkpoint import Checkpoint
@@ -101,6 +103,33 @@ def train(
         epochs_trained=epochs,
         members=members,
     )
+
+
+def refit(
+    out: str | Path,
+    seeds: Sequence[int],
+    report: Report = lambda _: None,
+    *,
+    overwrite: bool = False,
+) -> RefitResult:
+    """Train the best setting of each task of a run again with `seeds`, on train and val.
+
+    As `train` it goes on after a kill, and is done once. Keeps other processes from writing the run
+    meanwhile. Raises as `winners`, `refit_config` and `train` do.
+    """
+    with Run(out) as run:
+        run.hold()
+        winning = winners(run)
+        config = replace(refit_config(run, seeds, winning), overwrite=overwrite)
+        result = train(config, report)
+        return RefitResult(
+            run=result.run,
+            seeds=tuple(seeds),
+            seconds=result.seconds,
+            epochs_trained=result.epochs_trained,
+            winners=winning,
+            open_settings=varying([without_seed(member) for member in run.config().members]),
+        )
 
 
 def _learners(
@@ -172,13 +201,11 @@ def _card(reader: Reader) -> dict[str, Any]:
     """What all members' cards say alike: of what they learned from."""
     identity = reader.manifest.identity
     return {
-        "format_version": CARD_VERSION,
         "cache_fingerprint": reader.fingerprint,
         "backbone": identity["backbone"],
         "preprocessing": identity["preprocessing"],
         "precision": identity["precision"],
         "storage": reader.manifest.storage,
-        "created_by": f"sidecache {__version__}",
     }
 
 

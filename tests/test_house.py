@@ -62,7 +62,7 @@ ONLY_IN = {  # package → the files, or rooms, that may import it
     "rich": {"cli", "pipeline.terminal"},
     "psutil": {"pipeline.features.residence"},
     "jinja2": {"pipeline.report"},
-    "yaml": {"pipeline.terminal", "pipeline.runs.run", "pipeline.search.space", "pipeline.sweep"},
+    "yaml": {"pipeline.terminal", "pipeline.runs.documents", "pipeline.search.space"},
     "optuna": {"pipeline.search.proposals"},
 }
 READERS_OF_CACHE = {  # rooms

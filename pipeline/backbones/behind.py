@@ -18,7 +18,7 @@ from pipeline.backbones.contract import Backbone
 from pipeline.backbones.timm_models import load_backbone
 from pipeline.device import pick_precision, without_tf32
 from pipeline.errors import BackboneError
-from pipeline.runs.run import TrainedMember
+from pipeline.runs.card import TrainedMember
 from pipeline.sources.source import Source
 
 

@@ -20,7 +20,8 @@ from cache import CacheError, Reader
 from pipeline.config import Member, TrainConfig
 from pipeline.errors import RunError
 from pipeline.records import rank
-from pipeline.runs.run import Run, loss_of, position_of, score_of
+from pipeline.runs.run import Run
+from pipeline.runs.summary import loss_of, position_of, score_of
 from pipeline.tasks import Task, task_from
 
 FEW_VALUES = 6  # of a setting: so many have means, even if each was scored once

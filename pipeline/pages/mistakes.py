@@ -20,7 +20,7 @@ from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
 from pipeline.features.labelled import folded_rows, labelled_rows
 from pipeline.features.operands import Batches
-from pipeline.runs.run import TrainedMember
+from pipeline.runs.card import TrainedMember
 from pipeline.sources.source import Source
 from pipeline.training.scoring import EVAL_BATCH
 

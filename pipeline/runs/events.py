@@ -39,6 +39,7 @@ class Events:
         self.close()
 
     def close(self) -> None:
+        """Nothing is written after it."""
         for writer in self._writers.values():
             writer.close()
 

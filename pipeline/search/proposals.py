@@ -31,6 +31,7 @@ REDUCTION = 3  # with halving, one member in three passes a rung, and trains thr
 FIRST_RUNG = 6  # the first rung is at a sixth of the longest training, and not its first epoch
 _STATES = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 _JOURNAL = "round"  # attribute of the study
+_STOPS = "stops_after_"  # and an epoch, of a trial: what `judge` decided then
 
 
 @contextmanager
@@ -85,6 +86,7 @@ class Proposals:
 
     @property
     def told(self) -> list[TrialDone]:
+        """Of all trials that have ended, in order of number."""
         return [self._record(trial) for trial in self._trials(*_STATES.values())]
 
     def ask(self) -> int:
@@ -110,7 +112,7 @@ class Proposals:
         """
         if epoch not in self.rungs:
             return set()
-        name = f"stops_after_{epoch}"
+        name = f"{_STOPS}{epoch}"
         known = self._trials()
         entering = {n: self._open(n) for n in scores if name not in known[n].user_attrs}
         for number, trial in entering.items():
@@ -123,6 +125,11 @@ class Proposals:
             trial.set_user_attr(name, self.study.pruner.prune(self.study, before[number]))
         judged = self._trials()
         return {number for number in scores if judged[number].user_attrs[name]}
+
+    def pruned(self, number: int) -> bool:
+        """Whether `judge` stopped a trial."""
+        decisions = self._trials()[number].user_attrs.items()
+        return any(stops for name, stops in decisions if name.startswith(_STOPS))
 
     def tell(
         self,

@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.config import Member
 from pipeline.errors import RunError
 from pipeline.records import EpochDone, MemberResult, finite
-from pipeline.runs.run import Run, member_id, number_of, position_of
+from pipeline.runs.run import Run
+from pipeline.runs.summary import member_id, number_of, position_of
 from pipeline.tasks import Scores, Task
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.cohort import Cohort

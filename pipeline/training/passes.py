@@ -17,7 +17,7 @@ import torch
 
 from pipeline.features.operands import Batch
 from pipeline.records import MemberStopped, PassStarted, TrainRecord
-from pipeline.runs.run import member_id, position_of
+from pipeline.runs.summary import member_id, position_of
 from pipeline.training.cohort import Cohort
 from pipeline.training.history import History
 from pipeline.training.learners import Learners
@@ -57,6 +57,7 @@ class Pass:
 
     @property
     def epochs_trained(self) -> int:
+        """Those that this pass has added to the history."""
         return self.history.done.epochs - self._epochs_before
 
     def run(self) -> None:

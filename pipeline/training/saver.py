@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from pipeline.runs.events import Events
-from pipeline.runs.run import Run, member_id
+from pipeline.runs.run import Run
+from pipeline.runs.summary import member_id
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.cohort import Cohort
 from pipeline.training.cost import Cost

@@ -103,7 +103,7 @@ def test_what_is_written(diverged: Path) -> None:
     files = [path for path in diverged.rglob("*") if path.suffix in (".json", ".jsonl")]
     assert {path.name for path in files} == {
         "environment.json", "metrics.jsonl", "cost.json", "evaluations.jsonl",
-        "adapter_config.json",
+        "side_network.json",
     }  # fmt: skip
     for path in files:
         text = path.read_text(encoding="utf-8")

@@ -22,9 +22,8 @@ from pipeline.extract import extract
 from pipeline.label import label
 from pipeline.labelling.questions import of_reader
 from pipeline.records import over_folds
-from pipeline.refit import choose_and_refit
 from pipeline.runs.run import Run
-from pipeline.train import train
+from pipeline.train import refit, train
 from sidecache import evaluate
 
 FOLDS = range(5)
@@ -116,7 +115,7 @@ def test_mean_and_deviation_over_folds(folded: Path, tmp_path: Path) -> None:
     assert set(chosen) == set(best.members)
     scored = evaluate(tmp_path / "run")
     assert [score.member for score in scored] == chosen
-    refitted = choose_and_refit(str(tmp_path / "run"), [0, 1])
+    refitted = refit(str(tmp_path / "run"), [0, 1])
     assert refitted.winners[0].member.fold is None
     assert len(evaluate(tmp_path / "run" / "refit")) == 2
 
@@ -155,5 +154,5 @@ def test_evaluate_says_what_has_changed_since(folded: Path, tmp_path: Path) -> N
     label(LabelConfig(cache=str(place), folds=3))
     evaluate(tmp_path / "run", report=told.append)
     assert told == [CacheChanged(features=False, labelling=True)]
-    with pytest.raises(RunError, match=r"labelling: labels, splits or rows"):
+    with pytest.raises(RunError, match=r"cache labelling: \w+ there, \w+ given"):
         train(train_config(place, tmp_path / "run", Member(method="linear", epochs=1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -170,11 +171,17 @@ def test_a_run_goes_on_upon_another_device(
 # --- no wait, no memory used too early --------------------------------------------------------
 
 
+def without_checkpoints(patch: pytest.MonkeyPatch) -> None:
+    """They wait for the GPU, too: every half minute, which a busy machine may take."""
+    patch.setattr("pipeline.training.saver.CHECKPOINT_SECONDS", math.inf)
+
+
 @pytest.mark.parametrize("resident", ["device", "ram", "disk"])
 def test_nothing_waits_for_the_gpu_within_an_epoch(
-    zarr_cache: Path, tmp_path: Path, resident: str
+    zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: str
 ) -> None:
     """As often with six steps an epoch as with two: at its ends."""
+    without_checkpoints(monkeypatch)
     waits = []
     for batch_size in (2, 6):
         config = train_config(
@@ -190,6 +197,7 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(
 def test_validation_waits_at_its_end_alone(
     zarr_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_checkpoints(monkeypatch)
     waits = []
     for size in (1, 6):
         monkeypatch.setattr("pipeline.training.scoring.EVAL_BATCH", size)
@@ -260,6 +268,7 @@ def test_the_pretended_gpu_counts_a_wait_at_every_step(
         torch.tensor([1.0], device="cuda")
         real(self, *arguments)
 
+    without_checkpoints(monkeypatch)
     monkeypatch.setattr(Cohort, "step", step)
     waits = []
     for size in (4, 6):  # three steps an epoch, and two

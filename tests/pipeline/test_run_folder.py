@@ -22,18 +22,18 @@ from click.testing import CliRunner
 from conftest import train_config
 
 import cli
-from pipeline.config import Member, SweepConfig, TrainConfig
+from pipeline.config import LabelConfig, Member, SweepConfig, TrainConfig
 from pipeline.errors import RunError
+from pipeline.label import label
 from pipeline.records import EpochDone, RoundStarted
-from pipeline.refit import refit, winners
 from pipeline.runs import folder
 from pipeline.runs import run as run_module
 from pipeline.runs.folder import append_text, hold, other_names, replace_text, sweep_litter
 from pipeline.runs.run import Run
 from pipeline.sweep import sweep
-from pipeline.train import train
+from pipeline.train import refit, train
 from pipeline.training import saver
-from sidecache import evaluate, report
+from sidecache import evaluate, predict, report
 
 LINEAR = Member(method="linear", epochs=3, warmup_epochs=0)
 
@@ -112,8 +112,9 @@ def test_a_folder_of_another_program_is_never_touched(
 
 OTHERS = {
     "notes.txt": "mine", "src/model.py": "mine", "members/notes.txt": "mine",
-    "members/m0/notes.txt": "mine", "members/m0-kept/adapter_config.json": "mine",
+    "members/m0/notes.txt": "mine", "members/m0-kept/side_network.json": "mine",
     "members/mine/adapter_model.safetensors": "of peft",
+    "members/mine/side_network.safetensors": "mine",
     "refit-of-mine/config.yaml": "mine", "tensorboard/other/events.out.tfevents.1": "mine",
     "sweep.yaml": "program: train.py\n", "study.db": "mine",
 }  # fmt: skip
@@ -124,8 +125,7 @@ def test_overwrite_deletes_all_of_a_run_and_nothing_else(zarr_cache: Path, tmp_p
     out = tmp_path / "run"
     seeds = [dataclasses.replace(LINEAR, seed=seed) for seed in (0, 1)]
     train(train_config(zarr_cache, out, *seeds))
-    run = Run(out)
-    refit(run, [3], winners(run))
+    refit(out, [3])
     evaluate(out, device="cpu")
     report([out], device="cpu")
     assert {"report.html", "evaluations.jsonl", "refit"} <= {path.name for path in out.iterdir()}
@@ -232,11 +232,9 @@ def test_a_run_is_written_by_one_process(zarr_cache: Path, tmp_path: Path) -> No
 
     train(config, meanwhile(lambda: train(config)))
     train(dataclasses.replace(config, overwrite=True), meanwhile(lambda: train(config)))
-    run = Run(out)
-    won = winners(run)
     again = dataclasses.replace(config, overwrite=True)
-    refit(run, [3], won, meanwhile(lambda: train(again)))
-    refit(run, [4], won, meanwhile(lambda: refit(Run(out), [4], won)), overwrite=True)
+    refit(out, [3], meanwhile(lambda: train(again)))
+    refit(out, [4], meanwhile(lambda: refit(out, [4])), overwrite=True)
     assert set(refused) == {str(out)}
     refused.clear()
     swept = sweep_config(zarr_cache, tmp_path / "swept")
@@ -328,8 +326,8 @@ def test_files_reach_the_disk_before_what_vouches_for_them(
     names = [calls[i][1].removeprefix(f"{run}/") for i in named]
     assert names[:3] == ["environment.json", "config.yaml", "metrics.jsonl"]
     assert names[-2:] == ["cost.json", "summary.csv"]
-    left = names.index("members/m1/adapter_config.json")
-    assert "checkpoint.pt" in names[left:] and "members/m0/adapter_config.json" in names
+    left = names.index("members/m1/side_network.json")
+    assert "checkpoint.pt" in names[left:] and "members/m0/side_network.json" in names
     summary = calls.index(("name", f"{run}/summary.csv"))
     for name in ("members", "members/m0", "members/m1", "metrics.jsonl"):
         assert ("sync", f"{run}/{name}") in calls[:summary]
@@ -349,7 +347,7 @@ def test_what_a_sweep_merges_is_on_the_disk(
     out = tmp_path / "run"
     sweep(sweep_config(zarr_cache, out))
     for member in ("m0", "m1"):
-        for name in ("", "/adapter_model.safetensors", "/adapter_config.json"):
+        for name in ("", "/side_network.safetensors", "/side_network.json"):
             assert f"{out}/members/{member}{name}" in synced
 
 
@@ -431,6 +429,66 @@ def test_partial_files_have_names_of_their_own_and_do_not_stay(
     os.close(hold(tmp_path))
 
 
+# --- what earlier versions left ---------------------------------------------------------------
+
+
+def as_of_version_3(run: Path) -> None:
+    """Members as they were left until version 3 of the card: under peft's names."""
+    for member in (run / "members").iterdir():
+        card = json.loads((member / "side_network.json").read_text())
+        assert card.pop("library_name") == "sidecache"
+        (member / "side_network.json").unlink()
+        (member / "adapter_config.json").write_text(json.dumps({**card, "format_version": 3}))
+        (member / "side_network.safetensors").rename(member / "adapter_model.safetensors")
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_members_under_earlier_names_are_read(
+    zarr_cache: Path, images: Path, tmp_path: Path
+) -> None:
+    """By `evaluate`, `predict`, `report` and `refit`; `train` finds the run done, and replaces it
+    if it is asked to."""
+    out, photo = tmp_path / "run", images / "test" / "red" / "0.png"
+    config = train_config(zarr_cache, out, LINEAR, dataclasses.replace(LINEAR, seed=1))
+    before = train(config)
+    scores = evaluate(out, members=["all"], device="cpu")
+    predicted = predict(out, [photo], device="cpu")
+    as_of_version_3(out)
+    assert not list(out.rglob("side_network*"))
+    assert evaluate(out, members=["all"], device="cpu") == scores
+    assert predict(out, [photo], device="cpu") == predicted
+    assert report([out], device="cpu").left_out == []
+    assert refit(out, [3]).epochs_trained == 3
+    assert train(config).members == before.members
+    train(dataclasses.replace(config, overwrite=True))
+    assert not list(out.rglob("adapter_*")) and evaluate(out, device="cpu")
+
+
+def test_a_run_goes_on_beside_members_under_earlier_names(zarr_cache: Path, tmp_path: Path) -> None:
+    """One had ended before the run was killed, and the program replaced."""
+    short = dataclasses.replace(LINEAR, epochs=1)
+    config = train_config(zarr_cache, tmp_path / "run", short, LINEAR)
+    run = interrupted(config, epoch=2)
+    as_of_version_3(run.path)
+    train(config)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    found = evaluate(run.path, members=["all"], device="cpu")
+    assert [one.loss for one in found] == [
+        one.loss for one in evaluate(whole.out, members=["all"], device="cpu")
+    ]
+
+
+def test_a_card_of_another_version_is_named(zarr_cache: Path, tmp_path: Path) -> None:
+    train(train_config(zarr_cache, tmp_path / "run", LINEAR))
+    file = tmp_path / "run" / "members" / "m0" / "side_network.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 2}))
+    with pytest.raises(
+        RunError, match=r"side_network\.json has version 2, this program reads 3 and"
+    ):
+        evaluate(tmp_path / "run", device="cpu")
+
+
 # --- in which precision -----------------------------------------------------------------------
 
 
@@ -485,7 +543,7 @@ def test_a_sweep_has_one_precision(
     assert sweep(config).done == 2
     run = Run(config.out)
     assert run.precision == torch.bfloat16, "the second round's, which was merged last"
-    refit(run, [7], winners(run))
+    refit(run.path, [7])
     assert Run(run.path / "refit").precision == torch.bfloat16
 
 
@@ -554,7 +612,7 @@ def test_a_run_finds_its_cache_from_anywhere(
     run = away / "runs" / "one"
     assert evaluate(run, device="cpu")[0].n == 6
     assert report([run], device="cpu").left_out == []
-    assert refit(Run(run), [3], winners(Run(run))).epochs_trained == 3
+    assert refit(run, [3]).epochs_trained == 3
     monkeypatch.chdir(run)
     assert evaluate(Path(), device="cpu")[0].n == 6
     (away / "caches").rename(tmp_path / "elsewhere")
@@ -567,3 +625,26 @@ def test_a_run_finds_its_cache_from_anywhere(
     assert evaluate(run, cache=tmp_path / "elsewhere" / "c.zarr", device="cpu")[0].n == 6
     result = CliRunner().invoke(cli.main, ["evaluate", str(run), "--device", "cpu"])
     assert result.exit_code == 1 and "--cache" in result.stderr
+
+
+def test_other_labels_are_another_run(zarr_cache: Path, tmp_path: Path) -> None:
+    """A run, and a sweep, that began with the labels as they were; one of an earlier version did
+    not note them."""
+    cache = Path(shutil.copytree(zarr_cache, tmp_path / "c.zarr"))
+    config, swept = (
+        train_config(cache, tmp_path / "run", LINEAR),
+        sweep_config(cache, tmp_path / "s"),
+    )
+    train(config)
+    sweep(swept)
+    label(LabelConfig(cache=str(cache), folds=2))
+    for what, again in (("run", lambda: train(config)), ("sweep", lambda: sweep(swept))):
+        with pytest.raises(
+            RunError, match=rf"another {what}:\n  cache labelling: \w+ there, \w+ g"
+        ):
+            again()
+    for file in (tmp_path / "run" / "environment.json", tmp_path / "s" / "sweep.yaml"):
+        values = yaml.safe_load(file.read_text())
+        del values["labelling"]
+        file.write_text(json.dumps(values))
+    assert (train(config).epochs_trained, sweep(swept).trained) == (0, 0)

@@ -18,10 +18,12 @@ from cache import NameMissing
 from pipeline.config import SweepConfig
 from pipeline.errors import DeviceError, RunError, SettingError
 from pipeline.records import EpochDone, RoundStarted, TrialDone
+from pipeline.runs.merging import add_costs
 from pipeline.runs.run import Run
+from pipeline.search import rounds
 from pipeline.search.proposals import REDUCTION
 from pipeline.search.space import Chosen, Range, Space, read_space
-from pipeline.sweep import add_costs, sweep
+from pipeline.sweep import sweep
 from sidecache import evaluate
 
 ROOT = Path(__file__).parent.parent.parent
@@ -278,7 +280,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_result(
 
 @pytest.mark.parametrize(
     "step",
-    ["sweep.merge", "sweep.Run.write_metrics", "sweep.Run.finish", "sweep.Run.remove"],
+    ["merge", "Run.write_metrics", "Run.finish", "Run.remove"],
 )
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_sweep_stopped_while_it_merges_goes_on(
@@ -289,14 +291,14 @@ def test_a_sweep_stopped_while_it_merges_goes_on(
     config = sweep_config(zarr_cache, tmp_path / "run", random_space,
                           sampler="random", trials=6, sampler_seed=10)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        owner = __import__("pipeline.sweep", fromlist=["sweep"])
-        *path, name = step.split(".")[1:]
+        owner: Any = rounds
+        *path, name = step.split(".")
         for part in path:
             owner = getattr(owner, part)
         real, calls = getattr(owner, name), []
 
         def broken(*arguments: Any, **named: Any) -> Any:
-            target = arguments[1] if step == "sweep.merge" else arguments[0]
+            target = arguments[1] if step == "merge" else arguments[0]
             place = Path(getattr(target, "path", target))
             calls.extend([place] if place.name in ("run", "round") else [])
             counted = [p for p in calls if p.name == ("round" if name == "remove" else "run")]

@@ -18,9 +18,10 @@ from pipeline.errors import RunError, SettingError
 from pipeline.evaluate import mean_and_deviation
 from pipeline.extract import extract
 from pipeline.records import MemberStopped
-from pipeline.refit import refit, winners
-from pipeline.runs.run import Run, score_of
-from pipeline.train import train
+from pipeline.runs.run import Run
+from pipeline.runs.summary import score_of
+from pipeline.search.winners import winners
+from pipeline.train import refit, train
 from sidecache import evaluate, predict
 
 LAST = Member(method="last", epochs=6, warmup_epochs=1, lr=1e-2, settings={"rank": 4})
@@ -154,12 +155,13 @@ def test_refit_trains_the_best_setting_on_train_and_val(zarr_cache: Path, tmp_pa
     rows = [score_of(row) for row in run.summary()]
     assert winner.score == np.mean(rows[2:]) and winner.scores == tuple(rows[2:])
 
-    result = refit(run, [3, 4, 5], [winner])
+    result = refit(run.path, [3, 4, 5])
+    assert result.winners == [winner] and result.open_settings == ["lr"]
     config = Run(result.run).config()
     assert (config.train_split, config.val_split) == (("train", "val"), ())
     assert [m.seed for m in config.members] == [3, 4, 5]
     assert {m.lr for m in config.members} == {1e-2}
-    assert refit(run, [3, 4, 5], [winner]).epochs_trained == 0, "done once"
+    assert refit(run.path, [3, 4, 5]).epochs_trained == 0, "done once"
     found = evaluate(result.run, device="cpu")
     assert [e.member for e in found] == ["m0", "m1", "m2"], "no best member: all"
     mean, deviation = mean_and_deviation(found)["top1"]
@@ -170,7 +172,7 @@ def test_refit_trains_the_best_setting_on_train_and_val(zarr_cache: Path, tmp_pa
     with pytest.raises(RunError, match="expected members with a validation score"):
         winners(Run(result.run))
     with pytest.raises(SettingError, match=r"refit = \[1, 1\]: expected one seed or more"):
-        refit(run, [1, 1], [winner])
+        refit(run.path, [1, 1])
 
 
 def test_costs_are_kept(zarr_cache: Path, tmp_path: Path) -> None:

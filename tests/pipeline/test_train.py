@@ -43,7 +43,7 @@ LINEAR = Member(method="linear", epochs=4, warmup_epochs=1, lr=1e-2)
 
 
 def weights(run: Path, member: str = "m0") -> dict[str, torch.Tensor]:
-    return load_file(run / "members" / member / "adapter_model.safetensors")
+    return load_file(run / "members" / member / "side_network.safetensors")
 
 
 def assert_same(one: Path, other: Path, member: str = "m0") -> None:
@@ -70,12 +70,13 @@ def test_it_learns_and_leaves_a_run_directory(cache: Path, tmp_path: Path) -> No
     files -= {name for name in files if name.startswith("tensorboard/")}
     assert files == {
         "config.yaml", "environment.json", "metrics.jsonl", "summary.csv", "cost.json",
-        "members/m0/adapter_model.safetensors", "members/m0/adapter_config.json",
+        "members/m0/side_network.safetensors", "members/m0/side_network.json",
     }  # fmt: skip
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["members"][0]["smoothing"] == 0.0, "defaults are written out"
     assert config["members"][0]["settings"]["heads"] == 1
-    card = json.loads((run / "members/m0/adapter_config.json").read_text())
+    card = json.loads((run / "members/m0/side_network.json").read_text())
+    assert (card["library_name"], card["format_version"]) == ("sidecache", 4)
     assert card["target"]["classes"] == ["blue", "green", "red"]
     assert card["settings"] == {"rank": 4, "gap": 1, "depth": 1, "heads": 1, "pool": "mean"}
     again = train(train_config(cache, run, member))

@@ -22,8 +22,14 @@ from pipeline.terminal.tables import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.records import FoldsResult, MemberResult, SweepResult, TrainResult, TrialDone
-    from pipeline.refit import RefitResult
+    from pipeline.records import (
+        FoldsResult,
+        MemberResult,
+        RefitResult,
+        SweepResult,
+        TrainResult,
+        TrialDone,
+    )
 
 ALONE = ("rank", "gap", "depth", "pool", "lr", "epochs", "seed")  # shown of a single member
 BEST = 10  # trials that are shown

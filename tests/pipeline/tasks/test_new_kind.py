@@ -20,7 +20,8 @@ from cache import Reader, labelling
 from pipeline.config import Member
 from pipeline.errors import SettingError, SourceError
 from pipeline.extract import extract
-from pipeline.runs.run import Run, number_of, score_of
+from pipeline.runs.run import Run
+from pipeline.runs.summary import number_of, score_of
 from pipeline.tasks import KINDS
 from pipeline.tasks.contract import Answer, Parsed, Task, Where
 from pipeline.train import train
