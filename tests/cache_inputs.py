@@ -6,8 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
+import zarr
+from memory_store import BUCKETS
 
 from cache import (
     IGNORED,
@@ -21,6 +25,8 @@ from cache import (
     encode_keys,
     match,
 )
+
+Where = str | Path
 
 STACKS = (
     Stack(name="tokens", taps=("z0", "z1"), tokens=3, prefix_tokens=1, dim=4),
@@ -138,7 +144,7 @@ def fill(writer: Writer, inputs: Inputs, first: int = 0) -> None:
             writer.write(slot, arrays, {slot: skipped[n]} if n in skipped else {})
 
 
-def extract(location: Path, inputs: Inputs, *, seed: int = 0, slots_per_shard: int = 2) -> Path:
+def extract(location: Where, inputs: Inputs, *, seed: int = 0, slots_per_shard: int = 2) -> Where:
     """A fresh cache of these inputs."""
     labelling, tables = inputs.labelling(seed=seed)
     manifest = manifest_of(inputs, slots_per_shard=slots_per_shard)
@@ -147,7 +153,7 @@ def extract(location: Path, inputs: Inputs, *, seed: int = 0, slots_per_shard: i
     return location
 
 
-def label(location: Path, inputs: Inputs, *, seed: int) -> None:
+def label(location: Where, inputs: Inputs, *, seed: int) -> None:
     """Ask other things of the same rows."""
     with Reader(location) as reader:
         places = reader.place_tables
@@ -156,7 +162,7 @@ def label(location: Path, inputs: Inputs, *, seed: int) -> None:
         writer.label(labelling, {**tables, **places}, inputs.digest(seed=seed))
 
 
-def update(location: Path, inputs: Inputs, *, seed: int = 0) -> Matching:
+def update(location: Where, inputs: Inputs, *, seed: int = 0) -> Matching:
     """Bring a cache to these inputs, also one whose update was interrupted; what was found."""
     with Writer.resume(location) as writer:
         with Reader(location, allow_incomplete=True) as reader:
@@ -179,3 +185,52 @@ def update(location: Path, inputs: Inputs, *, seed: int = 0) -> Matching:
             tables["keys"] = encode_keys(inputs.keys)
         writer.label(labelling, tables, inputs.digest(seed=seed))
     return replace(found, slots=slots)
+
+
+def beside(location: Where, stem: str) -> Where:
+    """Another place of the same kind."""
+    return type(location)(str(location).replace("/sample.", f"/{stem}."))
+
+
+def is_zarr(location: Where) -> bool:
+    return str(location).endswith(".zarr")
+
+
+def objects(location: Where) -> dict[str, bytes]:
+    """All bytes around a cache, by name, without the code under test."""
+    if "://" in str(location):
+        return dict(BUCKETS.get(str(location).rpartition("/")[0], {}))
+    folder = Path(location).parent
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def put(location: Where, name: str, data: bytes | None) -> None:
+    """Change an object of a cache behind its back; None deletes it."""
+    if "://" in str(location):
+        bucket = BUCKETS[str(location).rpartition("/")[0]]
+        bucket.pop(name) if data is None else bucket.update({name: data})
+    else:
+        path = Path(location).parent / name
+        path.unlink() if data is None else path.write_bytes(data)
+
+
+def flip(location: Where, name: str, offset: int) -> None:
+    """Change one bit."""
+    data = bytearray(objects(location)[name])
+    data[offset] ^= 1
+    put(location, name, bytes(data))
+
+
+def plain_group(location: Where) -> Any:
+    """The cache as plain zarr or h5py opens it."""
+    if not is_zarr(location):
+        return h5py.File(location, "r")
+    if "://" not in str(location):
+        return zarr.open_group(location, mode="r")
+    name = str(location).rpartition("/")[2]
+    buffers = {
+        key.removeprefix(f"{name}/"): zarr.core.buffer.cpu.Buffer.from_bytes(data)
+        for key, data in objects(location).items()
+    }
+    return zarr.open_group(zarr.storage.MemoryStore(buffers), mode="r")

@@ -91,6 +91,11 @@ class Hdf5Container(Container):
         raise CacheLocked(f"{where} is changed again and again by another process: try later")
 
     @classmethod
+    def root(cls, name: str) -> str:
+        """The file."""
+        return name
+
+    @classmethod
     def was_one(cls, store: Store, name: str) -> bool:
         """Whether its head is of HDF5 and speaks of a fingerprint."""
         head = store.read(name, 0, 2**20)

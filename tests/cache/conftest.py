@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from memory_store import MemoryStore
 
 from cache import Labelling, Manifest, Stack, Target, Writer, encode, encode_keys
 from cache.containers.document import below
 from cache.labelling import FIRST
+from cache.location import STORES
 
 CONTAINERS = ("zarr", "h5")
 
@@ -106,6 +108,17 @@ def sample() -> Sample:
 @pytest.fixture
 def samples() -> Callable[..., Sample]:
     return make_sample
+
+
+@pytest.fixture(params=[*CONTAINERS, "memory"])
+def anywhere(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str | Path:
+    """Where a cache may be made, once per container, and in an object store."""
+    if request.param != "memory":
+        return tmp_path / f"sample.{request.param}"
+    monkeypatch.setitem(STORES, "memory", MemoryStore)
+    return f"memory://{tmp_path.name}/sample.zarr"
 
 
 @pytest.fixture(params=CONTAINERS)
