@@ -205,6 +205,14 @@ def objects(location: Where) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+def unfinished(location: Where) -> list[str]:
+    """Names of files and folders of what has not been finished."""
+    names = list(objects(location))
+    if "://" not in str(location):
+        names += map(str, Path(location).parent.rglob("*"))
+    return [name for name in names if ".partial" in name or ".creating" in name]
+
+
 def put(location: Where, name: str, data: bytes | None) -> None:
     """Change an object of a cache behind its back; None deletes it."""
     if "://" in str(location):

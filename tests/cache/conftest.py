@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disk_recorder import Disk, recorded
 from memory_store import MemoryStore
 
 from cache import Labelling, Manifest, Stack, Target, Writer, encode, encode_keys
@@ -98,6 +99,12 @@ def make_sample(storage: str = "float16", rows: int = 10, slots_per_shard: int =
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a power cut could tell; on a slow disk each fsync costs 10 ms."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """What a power cut could take from below `tmp_path`."""
+    return recorded(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-from cache_inputs import flip, is_zarr, objects, put
+from cache_inputs import flip, is_zarr, objects, put, unfinished
 
 import cache
 from cache import (
@@ -86,7 +86,7 @@ def test_an_exception_publishes_nothing_further(anywhere, sample):
         writer.write(4, sample.rows(4, 7))
         raise RuntimeError("stop")
     assert inspect(anywhere).rows_done == 4
-    assert not [name for name in objects(anywhere) if ".partial" in name]
+    assert unfinished(anywhere) == []
 
 
 def test_another_identity_is_refused_naming_each_field(anywhere, sample):
