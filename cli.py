@@ -28,6 +28,7 @@ from pipeline.config import (
     TrainConfig,
     VerifyConfig,
 )
+from pipeline.records import over_folds
 from pipeline.setting import settings_of
 from pipeline.terminal import results
 from pipeline.terminal.exits import Sidecache
@@ -225,6 +226,8 @@ def train(as_json: bool, method: list[str], refit: list[int] | None, **values: A
     if as_json:
         found = dataclasses.asdict(result)
         found["members"] = [member.to_dict() for member in result.members]
+        if folds := over_folds(result.members):
+            found["folds"] = [vars(setting) for setting in folds]
         print_json(found | ({"refit": refitted.to_dict()} if refitted else {}))
     else:
         results.show_train(config.out, result, refitted)

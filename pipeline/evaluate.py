@@ -6,8 +6,9 @@ The test split is read here and nowhere else. What was measured is appended to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -59,6 +60,15 @@ class Evaluated:
     total: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheChanged:
+    """Reported if the cache is not what the run was trained from: whether its `features` are
+    others, whether other things are asked of its rows (`labelling`)."""
+
+    features: bool
+    labelling: bool
+
+
 @without_tf32()
 def evaluate(
     run: str | Path,
@@ -76,7 +86,7 @@ def evaluate(
     workers: int = 2,
     device: str = "auto",
     amp: bool | None = None,
-    report: Callable[[Evaluated], None] = lambda _: None,
+    report: Callable[[Evaluated | CacheChanged], None] = lambda _: None,
 ) -> list[Evaluation]:
     """Score `members` on `split`; none named: the best on validation, of each task or of `task`.
 
@@ -92,28 +102,19 @@ def evaluate(
     trained = [directory.load_member(m, chosen) for m in _choose(directory, members, task)]
     if open_images is not None:
         source = str(images)
-        scores = [
-            _live(member, open_images, split, weights, batch_size, workers, chosen, amp, report)
-            for member in trained
-        ]
+        live = partial(_live, open_images=open_images, split=split, weights=weights, device=chosen,
+                       amp=amp, batch_size=batch_size, workers=workers, report=report)  # fmt: skip
+        scores = [live(member) for member in trained]
     else:
         source = str(cache or directory.cache())
-        scores = _cached(trained, source, split, chosen, amp)
-    results = [
-        Evaluation(
-            run=str(run),
-            member=member.id,
-            task=member.task.name,
-            split=tuple(split),
-            live=images is not None,
-            scores=found.values,
-            loss=found.loss,
-            n=found.n,
-        )
-        for member, found in zip(trained, scores, strict=True)
-    ]
-    for result in results:
+        scores = _cached(trained, source, split, chosen, amp, directory.environment(), report)
+    results = []
+    for member, found in zip(trained, scores, strict=True):
+        result = Evaluation(run=str(run), member=member.id, task=member.task.name,
+                            split=tuple(split), live=images is not None, scores=found.values,
+                            loss=found.loss, n=found.n)  # fmt: skip
         directory.write_evaluation({**result.to_dict(), "source": source})
+        results.append(result)
     return results
 
 
@@ -135,7 +136,10 @@ def _choose(run: Run, members: Sequence[str], task: str | None) -> list[str]:
     rows = run.summary()
     if tuple(members) == ("all",) or not (members or run.config().val_split):
         return [row["id"] for row in rows if task in (None, row["task"])]
-    return list(members) or [run.best_member(name) for name in ([task] if task else run.tasks())]
+    if members:
+        return list(members)
+    tasks = [task] if task else run.tasks()
+    return [member for name in tasks for member in run.best_members(name)]
 
 
 def _cached(
@@ -144,21 +148,31 @@ def _cached(
     split: Sequence[str],
     device: torch.device,
     amp: bool | None,
+    noted: Mapping[str, Any],
+    report: Callable[[Evaluated | CacheChanged], None],
 ) -> list[Scores]:
     with Reader(location) as reader, Workers(len(trained), device) as workers:
+        changed = CacheChanged(
+            features=not reader.is_known_as(noted["fingerprint"]),
+            labelling=noted.get("labelling", reader.labelling_digest) != reader.labelling_digest,
+        )
+        if changed.features or changed.labelling:
+            report(changed)
         for member in trained:
             _check_fit(member, reader)
+            _refuse_learned_rows(member, reader, split)
         tasks = list(dict.fromkeys(member.task.name for member in trained))
         rows = labelled_rows(reader, split, tasks)
         networks = [member.network for member in trained]
         dtype = trained[0].precision if amp is None else pick_precision(device, amp)
         batches = Batches(reader, rows, networks, device=device, dtype=dtype)
-        entries = [(i, member.network, member.task) for i, member in enumerate(trained)]
+        entries = [(i, m.network, replace(m.task, fold=None)) for i, m in enumerate(trained)]
         return [scores for (scores,) in score(entries, batches, workers)]
 
 
 def _live(
     trained: TrainedMember,
+    *,
     open_images: Callable[..., Source],
     split: Sequence[str],
     weights: str | Path | None,
@@ -184,22 +198,34 @@ def _live(
     return tally.scores()[0]
 
 
+def _refuse_learned_rows(trained: TrainedMember, reader: Reader, split: Sequence[str]) -> None:
+    """A member that learned by folds has seen the rows of the others."""
+    if trained.task.fold is None or not reader.labelling.folds:
+        return
+    if (reader.folds[reader.split_rows(*split)] >= 0).any():
+        raise RunError(
+            f"member {trained.id} learned by folds, and folds divide {' + '.join(split)}: it has "
+            f"seen most of it. Expected a split outside of the folds, such as test"
+        )
+
+
 def _check_fit(trained: TrainedMember, reader: Reader) -> None:
     """Another cache will do if it was made the same way, for the same target."""
     card, manifest, task = trained.card, reader.manifest, trained.task
-    if card["cache_fingerprint"] == reader.fingerprint:
-        return
-    learned = trained.network.spec.taps
-    found = feature_spec(reader, task.outputs).taps
     target = reader.target(task.name)
-    both = [tap for tap in learned if tap in found]
     pairs: dict[str, tuple[Any, Any]] = {
-        "backbone": (card["backbone"], manifest.identity["backbone"]),
-        "preprocessing": (card["preprocessing"], manifest.identity["preprocessing"]),
         "classes": (list(task.classes), list(target.classes)),
         "kind of target": (task.kind, target.kind),
-        "shapes": ([learned[tap] for tap in both], [found[tap] for tap in both]),
     }
+    if not reader.is_known_as(card["cache_fingerprint"]):
+        learned = trained.network.spec.taps
+        found = feature_spec(reader, task.outputs).taps
+        both = [tap for tap in learned if tap in found]
+        pairs |= {
+            "backbone": (card["backbone"], manifest.identity["backbone"]),
+            "preprocessing": (card["preprocessing"], manifest.identity["preprocessing"]),
+            "shapes": ([learned[tap] for tap in both], [found[tap] for tap in both]),
+        }
     differing = [name for name, (learned, came) in pairs.items() if learned != came]
     if differing:
         told = "\n  ".join(

@@ -19,9 +19,10 @@ import torch
 
 from cache import CacheError, Manifest, Reader, Stack, encode_keys
 from pipeline import __version__
+from pipeline.backbones.contract import Backbone
 from pipeline.backbones.fisher import FisherImages
 from pipeline.backbones.prune import ladder_tables
-from pipeline.backbones.timm_models import Backbone, load_backbone, preprocessing_dict
+from pipeline.backbones.timm_models import load_backbone
 from pipeline.config import ExtractConfig
 from pipeline.device import (
     memory_explained,
@@ -217,7 +218,7 @@ def _manifest(
 ) -> Manifest:
     identity: dict[str, Any] = {
         "backbone": backbone.identity(),
-        "preprocessing": preprocessing_dict(backbone.preprocessing),
+        "preprocessing": backbone.preprocessing.to_dict(),
         "taps": [tap for stack in stacks for tap in stack.taps],
         "gather": asdict(gather) if gather else "none",
         "tokens": "all",

@@ -8,11 +8,14 @@ that is not finite cannot be compared, written as JSON or drawn: it is None from
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import mean, stdev
 from typing import Any
 
 __all__ = [
     "EpochDone",
+    "FoldsResult",
     "Loading",
     "MemberResult",
     "MemberStopped",
@@ -24,6 +27,7 @@ __all__ = [
     "TrainResult",
     "TrialDone",
     "finite",
+    "over_folds",
     "rank",
 ]
 
@@ -135,6 +139,44 @@ class MemberResult:
         values = dict(vars(self))
         scores = values.pop("scores")
         return {**values, **scores}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldsResult:
+    """One setting over its folds: the `members` that held out one each, the score that ranks and
+    its standard deviation (None where a member has none)."""
+
+    method: str
+    settings: dict[str, Any]
+    metric: str
+    members: list[str]
+    mean: float | None
+    deviation: float | None
+
+
+def over_folds(members: Sequence[MemberResult]) -> list[FoldsResult]:
+    """The settings of members that held out folds, best first; [] where none did."""
+    settings: dict[str, list[MemberResult]] = {}
+    for member in members:
+        if "fold" in member.settings:
+            alike = {**member.settings, "fold": None}
+            settings.setdefault(repr((member.method, alike)), []).append(member)
+    found = []
+    for same in settings.values():
+        scores = [member.score for member in same]
+        known = [score for score in scores if score is not None]
+        whole = len(known) == len(scores)
+        found.append(
+            FoldsResult(
+                method=same[0].method,
+                settings={k: v for k, v in same[0].settings.items() if k != "fold"},
+                metric=same[0].metric,
+                members=[member.id for member in same],
+                mean=mean(known) if whole else None,
+                deviation=(stdev(known) if len(known) > 1 else 0.0) if whole else None,
+            )
+        )
+    return sorted(found, key=lambda one: rank(one.mean, None, stopped=False))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 What `verify` finds is either single rows, which are written again in their places, or whole shards
 (a file that is gone or was cut, a ledger record that cannot be read), which are extracted again. A
-row is computed at its old place in a batch of the old size, the rest of which is black: then, on a
+row is computed at its old place in a batch of the old size, black where rows are whole: then, on a
 machine like the one before, its bits are the old ones, and the ledger's checksum says so.
 """
 
@@ -19,9 +19,10 @@ from cache import Reader, Writer, verify
 from pipeline.backbones.behind import backbone_of
 from pipeline.config import VerifyConfig
 from pipeline.device import pick_device, without_tf32
-from pipeline.errors import SettingError, SourceError, some
+from pipeline.errors import ImageError, SettingError, SourceError, some
 from pipeline.features.filling import Filling, Slots, fill
 from pipeline.features.writing import TokenBuffer, layout_of
+from pipeline.sources.decode import REPAIR
 from pipeline.sources.open import open_source
 
 USUAL_BATCH = 64  # of caches that do not say with which they were begun
@@ -98,6 +99,7 @@ def _inputs(config: VerifyConfig, reader: Reader, rows: Sequence[int]) -> Slots:
         data_dir=config.data_dir,
         input_key=config.input_key,
         target_key=config.target_key,
+        advice=REPAIR,
     )
     place = {row.key: number for number, row in enumerate(source.rows)}
     digests = reader.source_sha256
@@ -120,16 +122,17 @@ def _inputs(config: VerifyConfig, reader: Reader, rows: Sequence[int]) -> Slots:
 
 def _replace(writer: Writer, slots: Slots, slot: int, how: Filling) -> bool:
     """Compute one slot and write it in its place; whether its bits are those of before."""
-    starts = writer.manifest.part_starts
-    start = max(first for first in starts[:-1] if first <= slot)
-    end = min(first for first in starts if first > slot)
-    begin = start + (slot - start) // how.batch_size * how.batch_size
-    size = min(how.batch_size, end - begin)
-    preprocessing = how.backbone.preprocessing
-    images = torch.zeros(size, 3, *preprocessing.img_size, dtype=torch.uint8)
-    images[slot - begin] = preprocessing.transform(normalize=False)(slots.open(slot))
-    buffer = TokenBuffer(writer.manifest, how.layout, size, how.backbone.device)
-    buffer.fill(how.backbone, images, how.precision)
+    (batch,) = how.backbone.batches(  # black where there is nothing to compute
+        slots,
+        pending=[range(slot, slot + 1)],
+        batch_size=how.batch_size,
+        starts=writer.manifest.part_starts[:-1],
+        workers=0,
+    )
+    if slot in batch.failures:
+        raise ImageError(batch.failures[slot])
+    buffer = TokenBuffer(writer.manifest, how.layout, len(batch.images), how.backbone.device)
+    buffer.fill(how.backbone, batch.images, how.precision)
     buffer.overflowing()  # waits for the copy; black images may overflow, this one did not before
-    place = slice(slot - begin, slot - begin + 1)
+    place = slice(slot - batch.start, slot - batch.start + 1)
     return writer.replace(slot, {name: host.array[place] for name, host in buffer.host.items()})

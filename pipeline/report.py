@@ -94,8 +94,7 @@ def report(
     for made, group in pairs:
         for line, one in zip(made["members"], group, strict=True):
             line["command"] = _in_parts(command_of(one.config, one.member))
-    default = Path(loaded[0].run.path) / PAGE if len(loaded) == 1 else Path(PAGE)
-    target = Path(out or default)
+    target = Path(out or (loaded[0].run.path / PAGE if len(loaded) == 1 else PAGE))
     page = _render(loaded, boards, details, left_out)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_text(target, page)

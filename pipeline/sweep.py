@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from cache import Reader
-from pipeline.config import Member, SweepConfig
+from pipeline.config import Member, Question, SweepConfig
 from pipeline.device import pick_device, pick_precision, precision_name
 from pipeline.errors import MissingTaps, RunError, SettingError
 from pipeline.features.labelled import feature_spec, initial_weights, labelled_rows
@@ -94,7 +94,7 @@ class _Probe:
 
     def __init__(self, reader: Reader, task: str, taps: str) -> None:
         self.task = task_of(reader.target(task or None))
-        self.tasks = {task: self.task}  # by the name that members have, which may be ""
+        self.tasks = {Question(task): self.task}  # by the name that members have, which may be ""
         self.spec = feature_spec(reader, self.task.outputs, taps)
         self.initial = initial_weights(reader)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline import device
 from pipeline.backbones import behind
-from pipeline.backbones.timm_models import Backbone
+from pipeline.backbones.contract import Backbone
 from pipeline.config import ExtractConfig, Member, TrainConfig
 from pipeline.extract import extract
 from pipeline.side.contract import FeatureSpec, TokenShape

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from pipeline.side.ladder import merge_factor, merged
-from pipeline.side.ladder_blocks import KINDS, Block, side_shape
+from pipeline.side.ladder_blocks import KINDS
+from pipeline.side.ladder_geometry import Block, merge_factor, merged, side_shape
 
 
 def linear_count(inputs: int, outputs: int, bias: bool = True) -> int:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.timm_models import Backbone, Preprocessing, load_backbone
+from pipeline.backbones.contract import Backbone
+from pipeline.backbones.timm_models import load_backbone
 from pipeline.device import pick_precision, without_tf32
 from pipeline.errors import BackboneError
 from pipeline.runs.run import TrainedMember
-from pipeline.sources.batches import image_batches
 from pipeline.sources.source import Source
 
 
@@ -35,12 +35,9 @@ class LiveMember:
         self, source: Source, *, batch_size: int, workers: int
     ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
         """(first row, logits (B, C), unreadable rows and why) for all rows in order."""
-        preprocessing = self.backbone.preprocessing
-        for batch in image_batches(
+        for batch in self.backbone.batches(
             source,
-            preprocessing.transform(normalize=False),
-            preprocessing.img_size,
-            pending=[range(len(source.rows))],
+            pending=[range(len(source))],
             batch_size=batch_size,
             workers=workers,
         ):
@@ -55,7 +52,6 @@ class LiveMember:
         def sink(tap: str, tokens: Tensor) -> None:
             features[tap] = tokens.float()
 
-        images = images.to(self.backbone.device)
         self.backbone.read_taps(images, sink, precision=self.backbone_precision)
         return network(network.operands(features, self.member_precision))[0].float()
 
@@ -72,7 +68,7 @@ class SideTuned(nn.Module):
         super().__init__()
         self.live = live
         self.backbone, self.network = live.backbone.model, live.member.network
-        self.transform = live.backbone.preprocessing.transform()
+        self.transform = live.backbone.prepare
         self.task = live.member.task
         self.classes = self.task.classes
         self.eval().requires_grad_(False)
@@ -101,7 +97,7 @@ def backbone_of(
         weights=weights,
         pretrained=pretrained,
         seed=seed,
-        preprocessing=vars(Preprocessing.from_dict(made_with["preprocessing"])),
+        preprocessing=made_with["preprocessing"],
     )
     if backbone.weights_sha256 != wanted:
         raise BackboneError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from pipeline.backbones.timm_models import Backbone
+from pipeline.backbones.contract import Backbone
 from pipeline.config import ExtractConfig
 from pipeline.errors import ImageError, SettingError
 from pipeline.sources.source import Source, TargetColumn
@@ -22,8 +22,7 @@ class FisherImages:
     """
 
     def __init__(self, config: ExtractConfig, source: Source, backbone: Backbone) -> None:
-        self.config, self.source, self.device = config, source, backbone.device
-        self.transform = backbone.preprocessing.transform()
+        self.config, self.source, self.backbone = config, source, backbone
         self.target = _target(source)
         self.rows = _rows(config, source, self.target)
         self.skipped: dict[int, str] = {}
@@ -43,7 +42,8 @@ class FisherImages:
                 self.skipped[row] = str(error)
                 continue
             left -= 1
-            yield self.transform(image).to(self.device), int(self.target.values[row])
+            ready = self.backbone.prepare(image).to(self.backbone.device)
+            yield ready, int(self.target.values[row])
         if len(self.skipped) == len(self.rows):
             raise SettingError(
                 f"expected labelled training images that can be read, came none of "

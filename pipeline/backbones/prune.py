@@ -25,7 +25,7 @@ linear probe, fitted on the same images first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.backbones.blocks import describe, matrices
-from pipeline.side.ladder import check_reduction
+from pipeline.side.ladder_geometry import check_reduction
 
 Images = Callable[[], Iterable[tuple[Tensor, int]]]  # (3, H, W) and its label, each time anew
 Report = Callable[[int, int], None]
@@ -161,24 +161,15 @@ def fisher(
     pooled, labels = _pooled(images, features, device)
     weight, bias = fit_probe(pooled, labels, classes, seed)
     parameters = [model.patch_embed.proj.weight, *_pruned(blocks)]
-    before = [parameter.requires_grad for parameter in parameters]
-    sums = {id(parameter): torch.zeros_like(parameter) for parameter in parameters}
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
-            for done, (image, label) in enumerate(images(), start=1):
-                logits = features(image[None].to(device)) @ weight.T + bias
-                loss = functional.cross_entropy(logits, torch.tensor([label], device=device))
-                for parameter, gradient in zip(
-                    parameters, torch.autograd.grad(loss, parameters), strict=True
-                ):
-                    sums[id(parameter)] += gradient.square()
-                if report is not None:
-                    report(done, len(labels))
-    finally:
-        for parameter, flag in zip(parameters, before, strict=True):
-            parameter.requires_grad_(flag)
+
+    def losses() -> Iterator[Tensor]:
+        for done, (image, label) in enumerate(images(), start=1):
+            logits = features(image[None].to(device)) @ weight.T + bias
+            yield functional.cross_entropy(logits, torch.tensor([label], device=device))
+            if report is not None:
+                report(done, len(labels))
+
+    sums = _squared_gradients(parameters, losses())
 
     def information(values: Tensor) -> Tensor:
         return sums.get(id(values), values).detach()
@@ -187,6 +178,26 @@ def fisher(
         first=sums[id(parameters[0])],
         blocks=[_chosen(matrices(block, information)) for block in blocks],
     )
+
+
+def _squared_gradients(
+    parameters: Sequence[nn.Parameter], losses: Iterator[Tensor]
+) -> dict[int, Tensor]:
+    """By id of each parameter, the sum over losses of its squared gradient."""
+    before = [parameter.requires_grad for parameter in parameters]
+    sums = {id(parameter): torch.zeros_like(parameter) for parameter in parameters}
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            for loss in losses:
+                gradients = torch.autograd.grad(loss, parameters)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    sums[id(parameter)] += gradient.square()
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
+    return sums
 
 
 def _pruned(blocks: Sequence[Any]) -> list[nn.Parameter]:

@@ -1,11 +1,9 @@
-"""The frozen backbone: a timm ViT, its taps, its preprocessing, its identity.
+"""timm's models as backbones: images in, tokens of each block out.
 
 The only file that builds timm models. Taps are read with forward hooks on the model's run of
 blocks, so no forward pass is copied here and most timm models work: plain ViTs (class, distillation
 and register tokens, average pooling, rotary embeddings, EVA, CLIP and SigLIP towers), and backbones
-in stages (Swin, ConvNeXt, ResNet), whose maps become tokens in row-major order:
-
-    z0 = tokens as they enter the first block; zi = raw output of block i, before any final norm.
+in stages (Swin, ConvNeXt, ResNet), whose maps become tokens in row-major order.
 
 What this file does not know: caches, side networks, tasks.
 """
@@ -13,9 +11,8 @@ What this file does not know: caches, side networks, tasks.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +24,19 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from pipeline.backbones.blocks import describe
-from pipeline.backbones.weights import read_weights
+from pipeline.backbones.contract import Backbone, FinalNorm, Sink
+from pipeline.backbones.hooks import BlockHooks
+from pipeline.backbones.weights import read_weights, weights_sha256
 from pipeline.errors import BackboneError, SettingError, gist
 from pipeline.side.contract import TokenShape
-from pipeline.side.tap import Tap, tap_depths, tap_names
+from pipeline.side.tap import tap_depths
+from pipeline.sources.batches import ImageBatch, Images, image_batches
 
 STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules
 
-Sink = Callable[[str, Tensor], None]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Preprocessing:
+class ImagePreprocessing:
     """How an image becomes a (3, H, W) tensor; timm's evaluation transform and its names."""
 
     img_size: tuple[int, int]
@@ -48,19 +46,14 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """From `asdict`, as JSON returns it (lists for tuples)."""
-        plain: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return cls(**plain)
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: lists for tuples."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def transform(self, *, normalize: bool = True) -> Callable[[Image.Image], Tensor]:
         """timm's deterministic evaluation transform: RGB image → (3, H, W) float32.
 
-        Not normalised, it ends with pixels, uint8: a quarter of the bytes. `Backbone` does the rest
-        of the way.
+        Not normalised, it ends with pixels, uint8.
         """
         return create_transform(
             input_size=(3, *self.img_size),
@@ -79,26 +72,18 @@ class Preprocessing:
         return (torch.arange(256.0) / 255 - mean) / std
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinalNorm:
-    """The backbone's own final norm as constants; weight and bias (D,) float32 or None."""
+class TimmBackbone(Backbone):
+    """A timm model; its inputs are images (B, 3, H, W), pixels (uint8) or normalised (float32)."""
 
-    kind: str
-    eps: float
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-class Backbone:
-    """A frozen timm model in evaluation mode on one device.
-
-    Attributes: `name` (timm's, with the pretrained tag), `taps` (name → shape, in order),
-    `prefix_tokens`, `preprocessing`, `final_norm`, `block_descriptions` (what each block is, for
-    LST), `weights_sha256`.
-    """
+    preprocessing: ImagePreprocessing
 
     def __init__(
-        self, model: nn.Module, *, name: str, preprocessing: Preprocessing, device: torch.device
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        preprocessing: ImagePreprocessing,
+        device: torch.device,
     ) -> None:
         blocks = _run_of_blocks(model)
         if not blocks:
@@ -109,40 +94,56 @@ class Backbone:
         self.name = name
         self.model = model.eval().requires_grad_(False).to(device)
         self.preprocessing = preprocessing
+        self.prepare = preprocessing.transform()
         self.device = device
         self._levels = preprocessing.levels().flatten().to(device)  # moved once: a copy waits
         self.blocks = len(blocks)
         self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0))
-        self.weights_sha256 = _weights_sha256(model)
+        self.weights_sha256 = weights_sha256(model)
         self.final_norm = _final_norm(model, name)
         self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        self._wanted = set(tap_names(range(self.blocks + 1)))
-        self._sink: Sink | None = None
-        blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
-        for number, block in enumerate(blocks, start=1):
-            block.register_forward_hook(lambda _m, _i, out, n=number: self._leave(n, out))
+        self._hooks = BlockHooks(blocks)
         self.taps, grids = self._measure()
         self.block_descriptions = describe(blocks, grids[1:])
 
     def keep(self, taps: Sequence[str]) -> None:
         """Read only these taps from now on; a plain ViT stops after the deepest."""
-        self._wanted = set(taps)
+        self._hooks.wanted = set(taps)
         if hasattr(self.model, "blocks"):
             deepest = max(tap_depths(taps))
             self.model.blocks = self.model.blocks[: max(1, deepest)]  # type: ignore[index]
 
-    def read_taps(self, images: Tensor, sink: Sink, *, precision: torch.dtype) -> None:
-        """Run (B, 3, H, W) through the blocks; `sink(name, tokens (B, T, D))` for each tap.
+    def batches(
+        self,
+        rows: Images,
+        *,
+        pending: Sequence[range],
+        batch_size: int,
+        starts: Sequence[int] = (0,),
+        workers: int,
+        pin_memory: bool = False,
+    ) -> Iterator[ImageBatch]:
+        """Pixels, uint8: a quarter of the bytes; `read_taps` normalises them."""
+        return image_batches(
+            rows,
+            self.preprocessing.transform(normalize=False),
+            self.preprocessing.img_size,
+            pending=pending,
+            batch_size=batch_size,
+            starts=starts,
+            workers=workers,
+            pin_memory=pin_memory,
+        )
 
-        `images` are as `Preprocessing.transform` makes them; pixels are normalised here.
-        `precision` float32 computes as it is; another type means autocast to it.
-        """
+    def read_taps(self, inputs: Tensor, sink: Sink, *, precision: torch.dtype) -> None:
+        """Images (B, 3, H, W) through the blocks; a map's tokens are in row-major order."""
+        images = inputs.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = self.normalised(images)
         self._run(images, lambda name, x: sink(name, self._as_tokens(x)), precision)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) uint8 → float32, bit for bit as `Preprocessing.transform` has them.
+        """Pixels (B, 3, H, W) uint8 → float32, bit for bit as `prepare` has them.
 
         Looked up, not computed: devices divide in their own ways.
         """
@@ -151,25 +152,12 @@ class Backbone:
         return self._levels.index_select(0, places).view(pixels.shape)
 
     def _run(self, images: Tensor, sink: Sink, precision: torch.dtype) -> None:
-        self._sink = sink
-        try:
-            with (
-                torch.inference_mode(),
-                torch.autocast(
-                    self.device.type, dtype=precision, enabled=precision != torch.float32
-                ),
-            ):
-                self.model.forward_features(images)  # type: ignore[operator]
-        finally:
-            self._sink = None
-
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._leave(0, args[0] if args else kwargs["x"])
-
-    def _leave(self, number: int, out: Any) -> None:
-        name = str(Tap(number))
-        if self._sink is not None and name in self._wanted:
-            self._sink(name, out[0] if isinstance(out, tuple) else out)
+        with (
+            self._hooks.listening(sink),
+            torch.inference_mode(),
+            torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32),
+        ):
+            self.model.forward_features(images)  # type: ignore[operator]
 
     def _as_tokens(self, x: Tensor) -> Tensor:
         """(B, T, D) as it is; a map (B, H, W, D) or (B, D, H, W) → (B, H W, D)."""
@@ -198,10 +186,6 @@ class Backbone:
         self._run(blank, sink, torch.float32)
         return taps, grids
 
-    def identity(self) -> dict[str, Any]:
-        """What tells these features from another backbone's: part of the cache's fingerprint."""
-        return {"name": self.name, "weights_sha256": self.weights_sha256}
-
 
 def load_backbone(
     name: str,
@@ -211,17 +195,22 @@ def load_backbone(
     pretrained: bool = True,
     seed: int = 0,
     preprocessing: dict[str, Any] | None = None,
-) -> Backbone:
+) -> TimmBackbone:
     """Build a timm model, load its weights strictly, freeze it.
 
     `weights` is a file (safetensors, pth, npz) used instead of the hub; `pretrained=False` draws
-    weights from `seed`. `preprocessing` overrides fields of the model's own `Preprocessing`
-    (None values are ignored). Raises BackboneError (unknown name, weights that do not fit, hub
-    out of reach) and SettingError (a preprocessing value that cannot be).
+    weights from `seed`. `preprocessing` overrides fields of the model's own `ImagePreprocessing`,
+    in values as they are or as JSON has them (None is ignored). Raises BackboneError (unknown name,
+    weights that do not fit, hub out of reach) and SettingError (a preprocessing value that cannot
+    be).
     """
     if not timm.is_model(name):
         raise BackboneError(_unknown_model(name))
-    overrides = {k: v for k, v in (preprocessing or {}).items() if v is not None}
+    overrides: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value  # as JSON returns them
+        for key, value in (preprocessing or {}).items()
+        if value is not None
+    }
     size = overrides.get("img_size")
     shape = {"img_size": size if size is None or len(set(size)) > 1 else size[0]} if size else {}
     with torch.random.fork_rng(devices=[]), _quiet_timm():
@@ -230,32 +219,33 @@ def load_backbone(
             model = _with_weights_file(name, Path(weights), shape)
         else:
             model = _build(name, pretrained=pretrained, **shape)
+    how = _preprocessing(model, overrides)
+    model.reset_classifier(0)  # type: ignore[operator]
+    tag = getattr(model, "pretrained_cfg", {}).get("tag") or ""
+    full = name if "." in name or weights is not None or not pretrained else f"{name}.{tag}"
+    return TimmBackbone(
+        model,
+        name=full.removesuffix("."),
+        preprocessing=how,
+        device=device,
+    )
+
+
+def _preprocessing(model: nn.Module, overrides: dict[str, Any]) -> ImagePreprocessing:
+    """The model's own, but for what `overrides` says."""
+    unknown = set(overrides) - {field.name for field in fields(ImagePreprocessing)}
+    if unknown:
+        raise SettingError(f"preprocessing has no field {', '.join(sorted(unknown))}")
     data = resolve_model_data_config(model)
-    own = Preprocessing(
-        img_size=tuple(size or data["input_size"][1:]),
+    own = ImagePreprocessing(
+        img_size=tuple(data["input_size"][1:]),
         crop_pct=float(data["crop_pct"]),
         crop_mode=data["crop_mode"],
         interpolation=data["interpolation"],
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
     )
-    unknown = set(overrides) - {field.name for field in fields(Preprocessing)}
-    if unknown:
-        raise SettingError(f"preprocessing has no field {', '.join(sorted(unknown))}")
-    model.reset_classifier(0)  # type: ignore[operator]
-    tag = getattr(model, "pretrained_cfg", {}).get("tag") or ""
-    full = name if "." in name or weights is not None or not pretrained else f"{name}.{tag}"
-    return Backbone(
-        model,
-        name=full.removesuffix("."),
-        preprocessing=replace(own, **overrides),
-        device=device,
-    )
-
-
-def preprocessing_dict(preprocessing: Preprocessing) -> dict[str, Any]:
-    """As JSON holds it: lists for tuples."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(preprocessing).items()}
+    return replace(own, **overrides)
 
 
 def list_models(pattern: str = "") -> list[str]:
@@ -372,15 +362,6 @@ def _final_norm(model: nn.Module, name: str) -> FinalNorm:
             bias=None if bias is None else bias.detach().float().cpu().clone(),
         )
     return FinalNorm(kind="none", eps=0.0, weight=None, bias=None)
-
-
-def _weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes, in order of name: the same from any file."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _unknown_model(name: str) -> str:

@@ -1,13 +1,14 @@
-"""A file of weights → tensors by name, and nothing in it is executed.
+"""Weights: a file of them → tensors by name, and nothing in it is executed; their digest.
 
 safetensors, or what `torch.save` wrote, out of the containers that timm knows. Of a pickle only
 tensors and plain values are read, whatever the version of timm, and the bare argparse.Namespace in
-which timm's training keeps its arguments. What this file does not know: models.
+which timm's training keeps its arguments. What this file does not know: what models are made of.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
 import re
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from pipeline.errors import BackboneError, gist
 
@@ -62,3 +64,12 @@ def _load(path: Path) -> Any:
             f"--weights {path}: expected a safetensors, pth or npz file, could not read it "
             f"({gist(error)})"
         ) from error
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes, in order of name: the same from any file."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

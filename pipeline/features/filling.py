@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from cache import Writer
-from pipeline.backbones.timm_models import Backbone
+from pipeline.backbones.contract import Backbone
 from pipeline.errors import ImageError
 from pipeline.features.writing import Layout, TokenBuffer
-from pipeline.sources.batches import ImageBatch, image_batches
+from pipeline.sources.batches import ImageBatch
 from pipeline.sources.source import Source
 
 WRITERS = 2  # threads that write, each from a buffer of its own; one more is being filled
@@ -98,10 +98,8 @@ def fill(
     if not pending:
         return clock.legs
     backbone = how.backbone
-    batches = image_batches(
+    batches = backbone.batches(
         slots,
-        backbone.preprocessing.transform(normalize=False),
-        backbone.preprocessing.img_size,
         pending=pending,
         batch_size=how.batch_size,
         starts=writer.manifest.part_starts[:-1],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cache import Manifest, Stack, StorageOverflow
-from pipeline.backbones.timm_models import Backbone
+from pipeline.backbones.contract import Backbone
 from pipeline.config import ExtractConfig
 from pipeline.device import record_event
 from pipeline.features.casting import (
@@ -146,7 +146,7 @@ class TokenBuffer:
             if gather.pooled and tap == gather.deepest:
                 self._keep(gather.pool_name, pool_both(tokens, backbone.prefix_tokens))
 
-        backbone.read_taps(images.to(backbone.device, non_blocking=True), sink, precision=precision)
+        backbone.read_taps(images, sink, precision=precision)
         for name, total in self.sums.items():
             self._keep(name, total[:size])
         if self.device.type == "cuda":

@@ -12,6 +12,7 @@ import numpy as np
 from cache import Labelling, Manifest, Stack, Target, Writer, encode, encode_keys
 from pipeline import __version__
 from pipeline.errors import SettingError
+from pipeline.side.tap import tap_names
 
 TRAIN_SHARE = 0.8  # of the rows, where nobody says splits
 
@@ -76,7 +77,7 @@ def _taps(tokens: Any) -> dict[str, np.ndarray]:
                 f"tokens: expected (rows, taps, tokens, dim), or a mapping of taps, came "
                 f"{whole.shape}"
             )
-        named = {f"z{tap}": whole[:, tap] for tap in range(whole.shape[1])}
+        named = dict(zip(tap_names(range(whole.shape[1])), whole.swapaxes(0, 1), strict=True))
     if not named:
         raise SettingError("tokens: expected one tap or more, came none")
     taps = {tap: array[:, None] if array.ndim == 2 else array for tap, array in named.items()}

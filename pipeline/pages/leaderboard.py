@@ -71,8 +71,14 @@ def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loa
     reader: Reader | None = None
     try:
         reader = opened.enter_context(Reader(run.cache()))
-        if reader.fingerprint != environment.get("fingerprint"):
-            reason = f"{reader.location} is another cache now than the one trained on"
+        if not reader.is_known_as(environment["fingerprint"]):
+            reason = f"the features of {reader.location} are others now than those trained on"
+            reader = None
+        elif environment.get("labelling", reader.labelling_digest) != reader.labelling_digest:
+            reason = (
+                f"{reader.location} is asked other things now (labels, splits, rows) than when it "
+                f"was trained on"
+            )
             reader = None
     except (CacheError, RunError) as error:
         reason = str(error)

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any, Self
 
 import torch
@@ -328,10 +329,16 @@ class Run:
     def best_member(self, task: str | None = None) -> str:
         """The member with the best validation score, lower loss first among equals; the first one
         if nothing was validated. One that was stopped early is best only if all were. Test numbers
-        cannot enter: they are not in the summary.
+        cannot enter: they are not in the summary. Of members that held out folds, one of the best
+        setting.
 
         Raises RunError if the members learned several tasks and none of them is named.
         """
+        return self.best_members(task)[0]
+
+    def best_members(self, task: str | None = None) -> list[str]:
+        """The best member; of those that held out folds, all of the setting that is best over its
+        folds, the best first. Raises as `best_member` does."""
         rows, known = self.summary(), self.tasks()
         if task not in known and (task is not None or len(known) > 1):
             raise RunError(
@@ -339,11 +346,16 @@ class Run:
                 f"{task or 'none'}. Scores of different tasks are not compared: name a task, or a "
                 "member."
             )
-
-        def key(row: Mapping[str, str]) -> tuple[bool, float, float]:
-            return rank(score_of(row), loss_of(row), stopped=bool(row["stopped"]))
-
-        return min((row for row in rows if task in (None, row["task"])), key=key)["id"]
+        members = self.config().members
+        settings: dict[str, list[dict[str, str]]] = {}
+        for row in rows:
+            if task in (None, row["task"]):
+                member = members[position_of(row["id"])]
+                alone = "" if member.fold is not None else row["id"]
+                key = alone or repr(replace(member, fold=None))
+                settings.setdefault(key, []).append(row)
+        best = min(settings.values(), key=_rank_of)
+        return [row["id"] for row in sorted(best, key=lambda row: _rank_of([row]))]
 
     def card(self, member_id: str) -> dict[str, Any]:
         """A member's adapter_config.json. RunError if unknown, or of another version."""
@@ -401,9 +413,12 @@ class Run:
             if mine[name] != theirs.get(name)
         ]
         before = self.environment()
-        if before["fingerprint"] != environment["fingerprint"]:
+        known_as = (environment["fingerprint"], environment.get("formerly"))
+        if before["fingerprint"] not in known_as:
             prints = [facts["fingerprint"][:12] for facts in (before, environment)]
             differing.append(f"cache fingerprint: {prints[0]} there, {prints[1]} given")
+        if before.get("labelling") not in (None, environment["labelling"]):
+            differing.append("labelling: labels, splits or rows of the cache have changed since")
         if before["precision"] != environment["precision"]:
             differing.append(precision_differs(before["precision"], environment["precision"]))
         if differing:
@@ -475,6 +490,17 @@ def score_of(row: Mapping[str, str]) -> float | None:
 def loss_of(row: Mapping[str, str]) -> float | None:
     """The validation loss in a line of summary.csv."""
     return number_of(row["val_loss"])
+
+
+def _rank_of(rows: Sequence[Mapping[str, str]]) -> tuple[bool, float, float]:
+    """Sorts settings, best first, by the lines of their members: one, or one a fold."""
+    scores, losses = [score_of(row) for row in rows], [loss_of(row) for row in rows]
+    return rank(_mean(scores), _mean(losses), stopped=any(row["stopped"] for row in rows))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def number_of(text: str) -> float | None:

@@ -38,7 +38,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.side.contract import (
     FeatureSpec,
@@ -47,7 +46,14 @@ from pipeline.side.contract import (
     find_taps,
     zero_parameter,
 )
-from pipeline.side.ladder_blocks import KINDS, Block, Linear, Norm, SideBlock
+from pipeline.side.ladder_blocks import KINDS, Linear, Norm, SideBlock
+from pipeline.side.ladder_geometry import (
+    Block,
+    check_reduction,
+    merge_factor,
+    merged,
+    side_by_side,
+)
 from pipeline.side.layers import FrozenNorm, Head, check_pool, pool_tokens
 from pipeline.side.settings import Settings, setting
 from pipeline.side.tap import grammatical, select, tap_depths, tap_names
@@ -162,7 +168,7 @@ class LST(SideNetwork):
         before, site = self.spec.blocks[0], 0
         for i, (layer, side) in enumerate(zip(self.layers, self._side_blocks(), strict=True)):
             if str(layer) in self.merges:
-                patches = _patches(state, before, side.block)
+                patches = side_by_side(state, before, side.block)
                 state = self.merges[str(layer)](patches, products).to(state.dtype)
             gate = gates[:, i, None, None, None]
             state = torch.lerp(self._down(self.reads[i + 1], operands), state, gate)
@@ -216,35 +222,3 @@ def _check_blocks(path: Sequence[Block], layers: Sequence[int], settings: LSTSet
         if settings.init == "pruned" and block["kind"] != "vit":
             raise ValueError("init = 'pruned': expected a plain ViT; this backbone is hierarchical")
         check_reduction(block, layer, settings.reduction)
-
-
-def check_reduction(block: Block, layer: int, reduction: int) -> None:
-    """Refuse a reduction that does not divide a block's width, and that of each of its heads."""
-    dim, heads = block["dim"], block.get("heads", 1)
-    head = block["head_dim"] if "heads" in block else dim
-    if dim % reduction or head % reduction:
-        raise ValueError(
-            f"reduction = {reduction}: expected a divisor of the width of block {layer} ({dim}) "
-            f"and of that of each of its heads ({heads} of width {head})"
-        )
-
-
-def merged(before: Block, block: Block) -> bool:
-    """Whether the side state changes its shape between two blocks."""
-    return (before["grid"], before["dim"]) != (block["grid"], block["dim"])
-
-
-def merge_factor(before: Block, block: Block) -> int:
-    if before["grid"] is None or block["grid"] is None:
-        return 1
-    return max(1, round(before["grid"][0] / block["grid"][0]))
-
-
-def _patches(state: Tensor, before: Block, block: Block) -> Tensor:
-    """(K, B, T, d) on the grid of `before` → (K, B, T', f f d) on the grid of `block`."""
-    factor = merge_factor(before, block)
-    rows, columns = (factor * side for side in block["grid"])
-    grid = state.unflatten(2, before["grid"])[:, :, :rows, :columns]  # (K, B, H, W, d)
-    grid = functional.pad(grid, (0, 0, 0, columns - grid.shape[3], 0, rows - grid.shape[2]))
-    parts = grid.unflatten(3, (-1, factor)).unflatten(2, (-1, factor))  # (K, B, H', f, W', f, d)
-    return parts.permute(0, 1, 2, 4, 3, 5, 6).flatten(4).flatten(2, 3)  # (K, B, T', f f d)

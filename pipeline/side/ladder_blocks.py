@@ -8,8 +8,7 @@ ConvNeXt's depthwise convolutions.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.side.contract import member_parameter, zero_parameter
+from pipeline.side.ladder_geometry import Block, relative_index, side_shape, window_mask
 from pipeline.side.layers import ConstantProduct, fused_attention
 
-Block = Mapping[str, Any]  # one description of `pipeline.backbones.blocks.describe`
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -224,8 +223,8 @@ class SwinBlock(ViTBlock):
         rows, columns = self.window = tuple(block["window"])
         table = ((2 * rows - 1) * (2 * columns - 1), self.heads)
         self.position_bias = member_parameter(table, seeds, std=0.02, stream=next(streams))
-        self.register_buffer("index", _relative_index(rows, columns), persistent=False)
-        self.register_buffer("mask", _window_mask(block), persistent=False)
+        self.register_buffer("index", relative_index(rows, columns), persistent=False)
+        self.register_buffer("mask", window_mask(block), persistent=False)
 
     def _mix(self, x: Tensor, products: torch.dtype) -> Tensor:
         (rows, columns), shift = self.block["grid"], tuple(self.block["shift"])
@@ -292,34 +291,3 @@ class ConvNeXtBlock(SideBlock):
 
 
 KINDS: dict[str, type[SideBlock]] = {"vit": ViTBlock, "swin": SwinBlock, "convnext": ConvNeXtBlock}
-
-
-def side_shape(block: Block, reduction: int) -> tuple[int, int, int]:
-    """Width, feed-forward width and head width of a side block; 0 for a block without heads."""
-    head = block["head_dim"] // reduction if "heads" in block else 0
-    return block["dim"] // reduction, max(1, block["hidden"] // reduction), head
-
-
-def _relative_index(rows: int, columns: int) -> Tensor:
-    """(area, area): which row of the position table tells where one token lies from another."""
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (area, 2)
-    apart = places[:, None] - places[None] + torch.tensor([rows - 1, columns - 1])
-    return apart[..., 0] * (2 * columns - 1) + apart[..., 1]
-
-
-def _window_mask(block: Block) -> Tensor | None:
-    """(windows, area, area): -100, as in Swin, between tokens brought together by the shift."""
-    if not any(block["shift"]):
-        return None
-    regions = []
-    for size, window, shift in zip(block["grid"], block["window"], block["shift"], strict=True):
-        length = math.ceil(size / window) * window
-        region = torch.zeros(length, dtype=torch.long)
-        if shift:
-            region[length - window :] = 1
-            region[length - shift :] = 2
-        regions.append(region.unflatten(0, (-1, window)))  # (windows along this axis, window)
-    rows, columns = regions
-    ids = 3 * rows[:, None, :, None] + columns[None, :, None, :]  # (tall, broad, h, w)
-    ids = ids.flatten(2).flatten(0, 1)  # (windows, area)
-    return torch.where(ids[:, :, None] == ids[:, None], 0.0, -100.0)

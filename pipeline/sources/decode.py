@@ -132,4 +132,5 @@ def photograph_formats() -> tuple[str, ...]:
 
 
 def suffixes_shown() -> str:
+    """The suffixes as messages show them."""
     return f".jpg, .png, .webp and {len(image_suffixes()) - 3} more suffixes"

@@ -14,14 +14,16 @@ tables have one target, the class "label".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from pipeline.errors import SourceError
+from pipeline.sources.decode import REPAIR, REPAIR_OR_SKIP
 from pipeline.sources.folders import open_folder
 from pipeline.sources.source import Source
-from pipeline.sources.tables import SEPARATORS, open_table
+from pipeline.sources.tables import SEPARATORS, Classes, open_table
 from pipeline.sources.tars import open_tar
 from pipeline.sources.vtab import is_vtab, open_vtab
 
@@ -32,11 +34,12 @@ def open_source(
     images: str | Path,
     *,
     splits: tuple[str, ...] | None = None,
-    classes: Mapping[str, tuple[str, ...]] | None = None,
+    classes: Classes | None = None,
     data_dir: str | None = None,
     input_key: str | None = None,
     target_key: str | None = None,
     download: bool = False,
+    advice: str = REPAIR_OR_SKIP,
 ) -> Source:
     """Open `images`; raise SourceError saying what was looked for and what was found.
 
@@ -48,29 +51,41 @@ def open_source(
         refused.
     data_dir, input_key, target_key, download: timm's `--data-dir`, `--input-key`, `--target-key`,
         `--dataset-download`; for timm dataset strings only.
+    advice: what to do about an image that cannot be read, where rows cannot be skipped.
     """
     path, text = Path(images), str(images)
-    of_label = (classes or {}).get("label")
     if not path.exists() and text.partition("/")[0].lower() in TIMM_PREFIXES and "/" in text:
         from pipeline.sources.timm_sets import TimmOptions, open_timm
 
-        options = TimmOptions(data_dir, input_key, target_key, download)
-        return open_timm(text, splits=splits or ("train",), classes=of_label, options=options)
-    if data_dir or input_key or target_key or download:
+        source: Source = open_timm(
+            text,
+            splits=splits or ("train",),
+            classes=(classes or {}).get("label"),
+            options=TimmOptions(data_dir, input_key, target_key, download),
+        )
+    elif data_dir or input_key or target_key or download:
         raise SourceError(
             f"{text}: --data-dir, --input-key, --target-key and --dataset-download belong to timm "
             f"dataset strings ({', '.join(f'{prefix}/…' for prefix in TIMM_PREFIXES)}); leave them "
             "out, as this is none"
         )
+    else:
+        source = _open_path(path, splits, classes or {})
+    return source if source.advice == advice else replace(source, advice=advice)
+
+
+def _open_path(path: Path, splits: tuple[str, ...] | None, classes: Classes) -> Source:
+    """What is on the disk."""
+    of_label = classes.get("label")
     if path.is_dir():
         return (open_vtab if is_vtab(path) else open_folder)(path, splits, of_label)
     if path.is_file() and path.suffix.lower() in SEPARATORS:
-        return open_table(path, splits, classes or {})
+        return open_table(path, splits, classes)
     if path.is_file() and path.suffix.lower() == ".tar":
         return open_tar(path, splits, of_label)
     raise SourceError(
-        f"{text}: {'a file of another kind' if path.exists() else 'nothing there'}; expected a "
-        "folder with a folder per class (or train/, val/, test/ above those), a .csv with "
+        f"{path}: {'a file of another kind' if path.exists() else 'nothing there'}; expected a "
+        "folder with a folder per class (or train/, val/, test/ above those), a .csv or .tsv with "
         "path,label[,split], a VTAB-1K task folder, a .tar of images, or a timm dataset string: "
         + ", ".join(f"{prefix}/…" for prefix in TIMM_PREFIXES)
     )
@@ -86,7 +101,12 @@ def opener(
     """`open_source` for `images`, to be called with what is known later; None if there are none."""
     if images is not None:
         return partial(
-            open_source, images, data_dir=data_dir, input_key=input_key, target_key=target_key
+            open_source,
+            images,
+            data_dir=data_dir,
+            input_key=input_key,
+            target_key=target_key,
+            advice=REPAIR,
         )
     if data_dir or input_key or target_key:
         raise SourceError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.records import over_folds
 from pipeline.setting import varying
 from pipeline.terminal.tables import (
     counted,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pipeline.extract import ExtractResult
     from pipeline.label import LabelResult
     from pipeline.predict import Prediction
-    from pipeline.records import MemberResult, SweepResult, TrainResult, TrialDone
+    from pipeline.records import FoldsResult, MemberResult, SweepResult, TrainResult, TrialDone
     from pipeline.refit import RefitResult
     from pipeline.repair import RepairResult
     from pipeline.report import Written
@@ -196,6 +197,7 @@ def show_train(out: str, result: TrainResult, refitted: RefitResult | None) -> N
         if len(same) < len(result.members):
             click.secho(f"task {task}", bold=True)
         _show_members(same)
+        _show_folds(over_folds(same))
     if refitted:
         _show_refit(refitted)
     if result.epochs_trained or refitted:
@@ -223,6 +225,25 @@ def _show_members(members: Sequence[MemberResult]) -> None:
             m.stopped or "",
         ]
         for m in sorted(members, key=lambda member: member.rank)
+    ]
+    print_columns(header, rows)
+
+
+def _show_folds(settings: Sequence[FoldsResult]) -> None:
+    """Mean and deviation over folds, best first, with the settings that differ."""
+    if not settings:
+        return
+    click.echo()
+    shown = varying([one.settings for one in settings])
+    header = ["over folds", "method", *shown, titled(settings[0].metric)]
+    rows = [
+        [
+            counted(len(one.members), "fold"),
+            one.method,
+            *(str(one.settings.get(name, "")) for name in shown),
+            " ± ".join(score_text(one.metric, v) for v in (one.mean, one.deviation)),
+        ]
+        for one in settings
     ]
     print_columns(header, rows)
 

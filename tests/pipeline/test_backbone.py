@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.backbones.timm_models import Backbone, load_backbone
+from pipeline.backbones.timm_models import TimmBackbone, load_backbone
 from pipeline.errors import BackboneError, SettingError
 from pipeline.features.taps import parse_taps
 from pipeline.side.contract import FeatureSpec, TokenShape
@@ -46,14 +46,14 @@ SIZES = {
 }
 
 
-def load(name: str) -> Backbone:
+def load(name: str) -> TimmBackbone:
     side = SIZES.get(name, 64)
     return load_backbone(
         name, device=CPU, pretrained=False, preprocessing={"img_size": (side, side)}
     )
 
 
-def read(backbone: Backbone, images: Tensor) -> dict[int, Tensor]:
+def read(backbone: TimmBackbone, images: Tensor) -> dict[int, Tensor]:
     taps: dict[int, Tensor] = {}
     backbone.read_taps(
         images, lambda tap, x: taps.update({int(tap[1:]): x.clone()}), precision=torch.float32

@@ -31,7 +31,7 @@ from cache import (
     verify,
 )
 from pipeline import extract as stage
-from pipeline.backbones.timm_models import Preprocessing, load_backbone
+from pipeline.backbones.timm_models import ImagePreprocessing, TimmBackbone, load_backbone
 from pipeline.errors import ImageError, SettingError
 from pipeline.extract import extract
 from pipeline.features.filling import Skipped
@@ -198,7 +198,7 @@ def test_storage_types_round_the_float32_features(
 def test_images_travel_as_bytes(images: Path) -> None:
     """A batch in shared memory takes a byte a pixel and channel; one that fails is black."""
     source = open_source(images)
-    how = Preprocessing(img_size=(32, 32), crop_pct=1.0, crop_mode="center",
+    how = ImagePreprocessing(img_size=(32, 32), crop_pct=1.0, crop_mode="center",
                         interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)  # fmt: skip
     (batch,) = image_batches(
         source, how.transform(normalize=False), how.img_size,
@@ -350,7 +350,7 @@ def test_an_unreadable_image_raises_or_is_left_out(tmp_path: Path) -> None:
 def test_a_value_that_does_not_fit_names_tap_and_image(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stage.Backbone.read_taps
+    real = TimmBackbone.read_taps
 
     def huge(self: Any, batch: torch.Tensor, sink: Any, **keywords: Any) -> None:
         def scaled(tap: str, tokens: torch.Tensor) -> None:
@@ -361,7 +361,7 @@ def test_a_value_that_does_not_fit_names_tap_and_image(
 
         real(self, batch, scaled, **keywords)
 
-    monkeypatch.setattr(stage.Backbone, "read_taps", huge)
+    monkeypatch.setattr(TimmBackbone, "read_taps", huge)
     with pytest.raises(StorageOverflow, match=r"tap z3 of .*blue/2\.png.*float16.*bfloat16"):
         extract(extract_config(images, tmp_path / "c.zarr", dtype="float16"))
     extract(extract_config(images, tmp_path / "d.zarr", dtype="bfloat16"))

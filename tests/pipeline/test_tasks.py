@@ -178,7 +178,7 @@ def test_costs_are_kept(zarr_cache: Path, tmp_path: Path) -> None:
     train(train_config(zarr_cache, tmp_path / "disk", LAST, resident="disk"))
     ram, disk = (json.loads((tmp_path / n / "cost.json").read_text()) for n in ("ram", "disk"))
     with Reader(zarr_cache) as reader:
-        row = reader.manifest.row_nbytes
+        row = reader.manifest.slot_nbytes
         assert ram["cache_bytes"] == reader.manifest.nbytes
         assert ram["extraction_seconds"] == reader.seconds
     assert ram["bytes_read"] == 18 * row, "12 rows of train and 6 of val, once"

@@ -435,7 +435,7 @@ def test_kill_9_then_the_same_training(zarr_cache: Path, tmp_path: Path) -> None
     member = dataclasses.replace(LAST, epochs=12)
     config = train_config(zarr_cache, tmp_path / "killed", member)
     process = subprocess.Popen([sys.executable, "-c", script, json.dumps(config.to_dict())])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and len(Run(tmp_path / "killed").metrics()) < 4:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)

@@ -17,7 +17,7 @@ from conftest import extract_config, paint, train_config
 from PIL import Image
 
 from cache import IdentityMismatch, LabellingMismatch, Reader, inspect, verify
-from pipeline.backbones.timm_models import Backbone
+from pipeline.backbones.timm_models import TimmBackbone
 from pipeline.config import LabelConfig, VerifyConfig
 from pipeline.errors import SettingError, SourceError
 from pipeline.extract import extract
@@ -31,13 +31,13 @@ from pipeline.train import train
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images went through the backbone, call by call."""
     seen: list[int] = []
-    real = Backbone.read_taps
+    real = TimmBackbone.read_taps
 
-    def counting(self: Backbone, images: Any, *arguments: Any, **named: Any) -> Any:
+    def counting(self: TimmBackbone, images: Any, *arguments: Any, **named: Any) -> Any:
         seen.append(len(images))
         return real(self, images, *arguments, **named)
 
-    monkeypatch.setattr(Backbone, "read_taps", counting)
+    monkeypatch.setattr(TimmBackbone, "read_taps", counting)
     return seen
 
 

@@ -12,17 +12,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import says, tree, triples
+from image_files import encoded, put, says, tar_of, tree, triples
 
 from pipeline.errors import ImageError, SettingError, SourceError
 from pipeline.sources.open import open_source
 from pipeline.sources.source import FileSource, Row, Source, source_digests
 
 
-def test_images_need_neither_torch_nor_timm() -> None:
-    code = "import sys, pipeline.sources.open; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
+def test_folders_lists_and_tars_are_opened_without_timm(tmp_path: Path) -> None:
+    """As where nothing but training goes on, and timm is not installed."""
+    tree(tmp_path / "set", "a/1.png")
+    put(tmp_path / "list.csv", "path,label\nset/a/1.png,a\n")
+    tar_of(tmp_path / "set.tar", {"a/1.png": encoded()})
+    code = """
+import sys
+sys.modules.update(timm=None, torchvision=None)
+from pipeline.sources.open import open_source
+for name in sys.argv[1:]:
+    assert open_source(name).open(0).size == (8, 8)
+"""
+    names = [str(tmp_path / name) for name in ("set", "list.csv", "set.tar")]
     root = Path(__file__).parents[3]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, *names], cwd=root).returncode == 0
 
 
 @pytest.fixture
