@@ -72,6 +72,7 @@ class Location:
 
         Raises: LocationError, CacheNotFound, CacheDamaged, FormatVersionError.
         """
+        self.store.close()  # another cache may be there now, under the same names
         if not self._taken():
             raise CacheNotFound(f"{self.text}: there is no cache here; `extract` makes one")
         try:
