@@ -272,7 +272,7 @@ def sweep(as_json: bool, refit: list[int] | None, **values: Any) -> None:
 
 @main.command(params=flags(EvaluateConfig))
 @json_option
-def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None:
+def evaluate(as_json: bool, **values: Any) -> None:
     """Score trained members of RUN on a split: from the cache, or live from IMAGES.
 
     What is measured is also appended to RUN/evaluations.jsonl.
@@ -283,17 +283,18 @@ def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None
     """
     from pipeline import evaluate as stage
 
+    config = EvaluateConfig(**values)
     with Progress() as progress:
-        evaluations = stage.evaluate(run, images=images, report=evaluating(progress), **values)
+        evaluations = stage.evaluate(config, evaluating(progress))
     if as_json:
         print_json(results.evaluate_json(evaluations))
     else:
-        results.show_evaluate(run, evaluations)
+        results.show_evaluate(config.run, evaluations)
 
 
 @main.command(params=flags(ReportConfig))
 @json_option
-def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:
+def report(as_json: bool, **values: Any) -> None:
     """Write one page about finished RUNS: leaderboard, curves, settings, mistakes, cost.
 
     The page is one HTML file that needs no network. Mistakes are those on the validation split;
@@ -304,9 +305,9 @@ def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:
     Example:
       sidecache report runs/last --images photos/
     """
-    from pipeline.report import report as write_report
+    from pipeline import report as stage
 
-    written = write_report(runs, **values)
+    written = stage.report(ReportConfig(**values))
     if as_json:
         print_json(dataclasses.asdict(written))
     else:
@@ -316,9 +317,7 @@ def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:
 @main.command(params=flags(PredictConfig))
 @click.option("--csv", "csv_file", type=click.Path(dir_okay=False), help="Write a CSV instead.")
 @json_option
-def predict(
-    run: str, photos: tuple[str, ...], csv_file: str | None, as_json: bool, **values: Any
-) -> None:
+def predict(as_json: bool, csv_file: str | None, **values: Any) -> None:
     """Classify PHOTOS (files or folders) with a trained member of RUN.
 
     A photograph that cannot be read is named on stderr, the others go on; the exit code is then 1.
@@ -327,10 +326,10 @@ def predict(
     Example:
       sidecache predict runs/last holiday/ --top-k 3 --csv holiday.csv
     """
-    from pipeline.predict import predict as predict_photos
+    from pipeline import predict as stage
 
     with Progress() as progress:
-        found = predict_photos(run, photos, report=predicting(progress), **values)
+        found = stage.predict(PredictConfig(**values), predicting(progress))
     if csv_file:
         results.write_predictions(csv_file, found)
     if as_json:

@@ -179,46 +179,58 @@ def sweep(
         return stage(SweepConfig(cache=str(cache), space=place, out=str(out), **settings), report)
 
 
-def evaluate(run: Location, images: Location | None = None, **settings: Any) -> list[Evaluation]:
+def evaluate(
+    run: Location, images: Location | None = None, *, report: Report = _silent, **settings: Any
+) -> list[Evaluation]:
     """Score trained members of `run` on a split: from the cache, or live from `images`.
 
-    `settings` are those of `sidecache evaluate`, and `report`.
+    `settings` are those of `sidecache evaluate` (`pipeline.config.EvaluateConfig`).
 
         >>> import sidecache
         >>> [score] = sidecache.evaluate("runs/first", split="val")
         >>> sorted(score.scores)
         ['top1', 'top5']
     """
+    from pipeline.config import EvaluateConfig
     from pipeline.evaluate import evaluate as stage
 
     for name in ("split", "members"):
         if name in settings:
             settings[name] = tuple(_listed(settings[name]))
-    return stage(run, images=None if images is None else str(images), **settings)
+    source = None if images is None else str(images)
+    return stage(EvaluateConfig(run=str(run), images=source, **settings), report)
 
 
 def predict(
-    run: Location, photos: Location | Iterable[Location], **settings: Any
+    run: Location,
+    photos: Location | Iterable[Location],
+    *,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
 ) -> list[Prediction]:
     """Classify `photos` (files or folders) with a trained member of `run`; see `load` for more.
 
-    `settings` are those of `sidecache predict`, and `report`.
+    `settings` are those of `sidecache predict` (`pipeline.config.PredictConfig`).
     """
+    from pipeline.config import PredictConfig
     from pipeline.predict import predict as stage
 
-    return stage(run, [photos] if isinstance(photos, str | Path) else list(photos), **settings)
+    return stage(PredictConfig(run=str(run), photos=_paths(photos), **settings), report)
 
 
 def report(runs: Location | Iterable[Location], **settings: Any) -> Written:
-    """Write one HTML page about finished `runs`; `settings` are those of `sidecache report`.
+    """Write one HTML page about finished `runs`.
+
+    `settings` are those of `sidecache report` (`pipeline.config.ReportConfig`).
 
     >>> import sidecache
     >>> sidecache.report("runs/first").members
     2
     """
+    from pipeline.config import ReportConfig
     from pipeline.report import report as stage
 
-    return stage([runs] if isinstance(runs, str | Path) else list(runs), **settings)
+    return stage(ReportConfig(runs=_paths(runs), **settings))
 
 
 def load(
@@ -314,3 +326,8 @@ def from_arrays(
 def _listed(value: Any) -> list[Any]:
     """A value, or several, as a list."""
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _paths(value: Location | Iterable[Location]) -> tuple[str, ...]:
+    """One path, or several, as texts."""
+    return (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 
 from cache import Reader
+from pipeline.config import EvaluateConfig
 from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
 from pipeline.features.labelled import feature_spec, labelled_rows
@@ -71,49 +70,42 @@ class CacheChanged:
 
 @without_tf32()
 def evaluate(
-    run: str | Path,
-    *,
-    split: Sequence[str] = ("test",),
-    members: Sequence[str] = (),
-    task: str | None = None,
-    cache: str | Path | None = None,
-    images: str | None = None,
-    data_dir: str | None = None,
-    input_key: str | None = None,
-    target_key: str | None = None,
-    weights: str | Path | None = None,
-    batch_size: int = 64,
-    workers: int = 2,
-    device: str = "auto",
-    amp: bool | None = None,
-    report: Callable[[Evaluated | CacheChanged], None] = lambda _: None,
+    config: EvaluateConfig, report: Callable[[Evaluated | CacheChanged], None] = lambda _: None
 ) -> list[Evaluation]:
-    """Score `members` on `split`; none named: the best on validation, of each task or of `task`.
+    """Score members of a run on a split; by default the best on validation, of each task or of one.
 
     A run without validation (as a refit leaves it) has no best member: all are scored, "all" asks
-    for that anywhere. Reads `cache`, by default the one it was trained from, or, with `images`,
-    runs the backbone (whose `weights` file may be given); `data_dir`, `input_key` and `target_key`
-    are of `images`, as `extract` takes them. Raises RunError if run, member, backbone or classes do
-    not fit, and the errors of the cache, the source and the backbone.
+    for that anywhere. Reads the config's `cache`, by default the one it was trained from, or, with
+    `images`, runs the backbone. Raises RunError if run, member, backbone or classes do not fit, and
+    the errors of the cache, the source and the backbone.
     """
-    open_images = opener(images, data_dir=data_dir, input_key=input_key, target_key=target_key)
-    directory = Run(run)
-    chosen = pick_device(device)
-    trained = [directory.load_member(m, chosen) for m in _choose(directory, members, task)]
+    open_images = opener(
+        config.images,
+        data_dir=config.data_dir,
+        input_key=config.input_key,
+        target_key=config.target_key,
+    )
+    run, device = Run(config.run), pick_device(config.device)
+    trained = [run.load_member(id, device) for id in _choose(run, config)]
     if open_images is not None:
-        source = str(images)
-        live = partial(_live, open_images=open_images, split=split, weights=weights, device=chosen,
-                       amp=amp, batch_size=batch_size, workers=workers, report=report)  # fmt: skip
-        scores = [live(member) for member in trained]
+        source = str(config.images)
+        scores = [_live(member, open_images, config, device, report) for member in trained]
     else:
-        source = str(cache or directory.cache())
-        scores = _cached(trained, source, split, chosen, amp, directory.environment(), report)
+        source = str(config.cache or run.cache())
+        scores = _cached(trained, source, config, device, run.environment(), report)
     results = []
     for member, found in zip(trained, scores, strict=True):
-        result = Evaluation(run=str(run), member=member.id, task=member.task.name,
-                            split=tuple(split), live=images is not None, scores=found.values,
-                            loss=found.loss, n=found.n)  # fmt: skip
-        directory.write_evaluation({**result.to_dict(), "source": source})
+        result = Evaluation(
+            run=config.run,
+            member=member.id,
+            task=member.task.name,
+            split=config.split,
+            live=config.images is not None,
+            scores=found.values,
+            loss=found.loss,
+            n=found.n,
+        )
+        run.write_evaluation({**result.to_dict(), "source": source})
         results.append(result)
     return results
 
@@ -132,9 +124,10 @@ def mean_and_deviation(
     return found
 
 
-def _choose(run: Run, members: Sequence[str], task: str | None) -> list[str]:
+def _choose(run: Run, config: EvaluateConfig) -> list[str]:
+    members, task = config.members, config.task
     rows = run.summary()
-    if tuple(members) == ("all",) or not (members or run.config().val_split):
+    if members == ("all",) or not (members or run.config().val_split):
         return [row["id"] for row in rows if task in (None, row["task"])]
     if members:
         return list(members)
@@ -145,9 +138,8 @@ def _choose(run: Run, members: Sequence[str], task: str | None) -> list[str]:
 def _cached(
     trained: Sequence[TrainedMember],
     location: str,
-    split: Sequence[str],
+    config: EvaluateConfig,
     device: torch.device,
-    amp: bool | None,
     noted: Mapping[str, Any],
     report: Callable[[Evaluated | CacheChanged], None],
 ) -> list[Scores]:
@@ -160,11 +152,13 @@ def _cached(
             report(changed)
         for member in trained:
             _check_fit(member, reader)
-            _refuse_learned_rows(member, reader, split)
+            _refuse_learned_rows(member, reader, config.split)
         tasks = list(dict.fromkeys(member.task.name for member in trained))
-        rows = labelled_rows(reader, split, tasks)
+        rows = labelled_rows(reader, config.split, tasks)
         networks = [member.network for member in trained]
-        dtype = trained[0].precision if amp is None else pick_precision(device, amp)
+        dtype = trained[0].precision
+        if config.amp is not None:
+            dtype = pick_precision(device, config.amp)
         batches = Batches(reader, rows, networks, device=device, dtype=dtype)
         entries = [(i, m.network, replace(m.task, fold=None)) for i, m in enumerate(trained)]
         return [scores for (scores,) in score(entries, batches, workers)]
@@ -172,24 +166,20 @@ def _cached(
 
 def _live(
     trained: TrainedMember,
-    *,
     open_images: Callable[..., Source],
-    split: Sequence[str],
-    weights: str | Path | None,
-    batch_size: int,
-    workers: int,
+    config: EvaluateConfig,
     device: torch.device,
-    amp: bool | None,
     report: Callable[[Evaluated], None],
 ) -> Scores:
     from pipeline.backbones.behind import go_live  # stage two must not need it
 
     task = trained.task
-    source = open_images(splits=tuple(split), classes={task.name: task.classes})
-    live = go_live(trained, weights=weights, device=device, amp=amp)
+    source = open_images(splits=config.split, classes={task.name: task.classes})
+    live = go_live(trained, weights=config.weights, device=device, amp=config.amp)
     labels = torch.from_numpy(source.target(task.name).values).to(device)
     tally = task.tally(1, device)
-    for start, outputs, failures in live.batches(source, batch_size=batch_size, workers=workers):
+    batches = live.batches(source, batch_size=config.batch_size, workers=config.workers)
+    for start, outputs, failures in batches:
         if failures:
             raise ImageError(next(iter(failures.values())))
         stop = start + len(outputs)

@@ -17,7 +17,7 @@ import cli
 from cache import Reader, Writer
 from pipeline.config import LabelConfig, Member
 from pipeline.errors import RunError, SettingError
-from pipeline.evaluate import CacheChanged, evaluate
+from pipeline.evaluate import CacheChanged
 from pipeline.extract import extract
 from pipeline.label import label
 from pipeline.labelling.questions import of_reader
@@ -25,6 +25,7 @@ from pipeline.records import over_folds
 from pipeline.refit import choose_and_refit
 from pipeline.runs.run import Run
 from pipeline.train import train
+from sidecache import evaluate
 
 FOLDS = range(5)
 CPU = torch.device("cpu")

@@ -24,10 +24,8 @@ from conftest import train_config
 import cli
 from pipeline.config import Member, SweepConfig, TrainConfig
 from pipeline.errors import RunError
-from pipeline.evaluate import evaluate
 from pipeline.records import EpochDone, RoundStarted
 from pipeline.refit import refit, winners
-from pipeline.report import report
 from pipeline.runs import folder
 from pipeline.runs import run as run_module
 from pipeline.runs.folder import append_text, hold, other_names, replace_text, sweep_litter
@@ -35,6 +33,7 @@ from pipeline.runs.run import Run
 from pipeline.sweep import sweep
 from pipeline.train import train
 from pipeline.training import saver
+from sidecache import evaluate, report
 
 LINEAR = Member(method="linear", epochs=3, warmup_epochs=0)
 

@@ -15,13 +15,13 @@ from conftest import extract_config, paint, train_config
 from cache import NameMissing, Reader
 from pipeline.config import Member
 from pipeline.errors import RunError, SettingError
-from pipeline.evaluate import evaluate, mean_and_deviation
+from pipeline.evaluate import mean_and_deviation
 from pipeline.extract import extract
-from pipeline.predict import predict
 from pipeline.records import MemberStopped
 from pipeline.refit import refit, winners
 from pipeline.runs.run import Run, score_of
 from pipeline.train import train
+from sidecache import evaluate, predict
 
 LAST = Member(method="last", epochs=6, warmup_epochs=1, lr=1e-2, settings={"rank": 4})
 TASKS = ("colour", "marks", "warmth")

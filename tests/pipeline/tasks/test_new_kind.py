@@ -19,14 +19,12 @@ import cli
 from cache import Reader, labelling
 from pipeline.config import Member
 from pipeline.errors import SettingError, SourceError
-from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.predict import predict
-from pipeline.report import report
 from pipeline.runs.run import Run, number_of, score_of
 from pipeline.tasks import KINDS
 from pipeline.tasks.contract import Answer, Parsed, Task, Where
 from pipeline.train import train
+from sidecache import evaluate, predict, report
 
 LAST = Member(method="last", epochs=20, warmup_epochs=1, lr=1e-2, settings={"rank": 4})
 SPOTS = {"red": 9, "green": 3, "blue": 1}
