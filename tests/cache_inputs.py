@@ -47,7 +47,7 @@ class Inputs:
 
     keys: tuple[str, ...]
     contents: tuple[str, ...]
-    lean: bool = False  # asked for a class alone: fewer files
+    lean: bool = False  # one stack, asked for a class alone: fewer files
 
     @classmethod
     def of(cls, *texts: str, lean: bool = False) -> Inputs:
@@ -63,6 +63,10 @@ class Inputs:
         )
 
     @property
+    def stacks(self) -> tuple[Stack, ...]:
+        return STACKS[:1] if self.lean else STACKS
+
+    @property
     def digests(self) -> np.ndarray:
         """uint8 (inputs, 32)."""
         all_bytes = b"".join(hashlib.sha256(text.encode()).digest() for text in self.contents)
@@ -76,7 +80,7 @@ class Inputs:
     def features(self) -> dict[str, np.ndarray]:
         """Per stack, float16 (inputs, 1, taps, tokens, dim)."""
         made = {}
-        for stack in STACKS:
+        for stack in self.stacks:
             rows = [
                 np.random.default_rng([*digest.tolist(), stack.tokens]).normal(size=stack.shape)
                 for digest in self.digests
@@ -130,7 +134,7 @@ def manifest_of(inputs: Inputs, *, slots_per_shard: int = 2) -> Manifest:
         storage="float16",
         parts=(len(inputs.keys),),
         slots_per_shard=slots_per_shard,
-        stacks=STACKS,
+        stacks=inputs.stacks,
     )
 
 

@@ -1,6 +1,7 @@
 """What every store must do, and in what order the posix one brings it to the disk."""
 
 import ast
+import dataclasses
 import errno
 import os
 import pickle
@@ -9,15 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cache_inputs import Inputs, extract, fill, manifest_of
 from disk_recorder import Disk
 from memory_store import MemoryStore
 
-from cache import files
+from cache import CacheNotFound, LocationError, Reader, Writer, files, inspect, verify
+from cache.location import STORES, Location
 from cache.stores import journal
 from cache.stores.posix import PosixStore
 from cache.stores.store import Change, InPlace, Store
 
 NAME = "x.zarr/a/b"
+OLD, NEW = Inputs.of("a", "b", "c"), Inputs.of("d", "b", "a=A")
 
 
 @pytest.fixture(params=["posix", "memory"])
@@ -397,6 +401,83 @@ def test_a_failing_disk_is_not_taken_for_a_missing_object(tmp_path, monkeypatch)
         store.read(NAME)
     with pytest.raises(OSError, match="Input/output"):
         store.read_runs(NAME, [(0, [memoryview(bytearray(1))])])
+
+
+# ---- a cache in an object store ------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(STORES, "memory", MemoryStore)
+    return f"memory://{tmp_path.name}"
+
+
+def test_hdf5_needs_a_store_that_writes_in_place(bucket):
+    with pytest.raises(LocationError, match=r"a\.h5: HDF5 writes in the middle.*ending in \.zarr"):
+        extract(f"{bucket}/a.h5", OLD)
+    assert not MemoryStore(bucket).objects
+
+
+def test_a_creation_that_was_killed_is_gone_on_with(bucket, monkeypatch):
+    """By the same job; another one is told."""
+    location = f"{bucket}/a.zarr"
+
+    def killed(self: MemoryStore, name: str, data: bytes) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MemoryStore, "publish_new", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extract(location, OLD)
+    monkeypatch.undo()
+    monkeypatch.setitem(STORES, "memory", MemoryStore)
+    with pytest.raises(CacheNotFound, match=r"memory://.*/a\.zarr: there is no cache here"):
+        Reader(location)
+    with pytest.raises(LocationError, match="holds what the creation of another cache has left"):
+        extract(location, NEW)
+    extract(location, OLD)
+    assert verify(location).ok and inspect(location).complete
+
+
+def test_of_two_creations_the_first_stays(bucket, monkeypatch):
+    location = f"{bucket}/a.zarr"
+    extract(location, OLD, slots_per_shard=2)
+    before = dict(MemoryStore(bucket).objects)
+    monkeypatch.setattr(Location, "is_there", lambda self: False)  # it looked too early
+    extract(location, OLD, slots_per_shard=3)
+    assert MemoryStore(bucket).objects == before
+
+
+def test_overwriting_deletes_the_root_first(bucket, monkeypatch):
+    location = f"{bucket}/a.zarr"
+    extract(location, OLD)
+    deleted: list[str] = []
+    real = MemoryStore._delete
+
+    def delete(self: MemoryStore, name: str) -> None:
+        deleted.append(name)
+        real(self, name)
+
+    monkeypatch.setattr(MemoryStore, "_delete", delete)
+    other = manifest_of(NEW)
+    labelling, tables = NEW.labelling()
+    manifest = dataclasses.replace(other, identity={"b": 2})
+    tables = {**tables, **NEW.slot_tables}
+    with Writer(location, manifest, labelling, tables, overwrite=True) as writer:
+        fill(writer, NEW)
+    assert deleted[0] == "a.zarr/zarr.json"
+    assert verify(location).ok and inspect(location).rows == 3
+
+
+def test_reading_asks_for_no_more_than_the_rows(bucket):
+    """A run of neighbours is one range."""
+    location = f"{bucket}/a.zarr"
+    extract(location, OLD, slots_per_shard=3)
+    with Reader(location) as reader:
+        reader.read([0])
+        calls = reader.container.store.calls
+        del calls[:]
+        reader.read([2, 1, 0])
+        assert calls == [("get", "a.zarr/stacks/tokens/c/0/0/0/0/0")]
 
 
 # ---- nobody else touches files -------------------------------------------------------------------
