@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from cache import (
     Target,
     Writer,
     encode_keys,
+    inspect,
     match,
+    verify,
 )
 
 Where = str | Path
@@ -246,3 +248,37 @@ def plain_group(location: Where) -> Any:
         for key, data in objects(location).items()
     }
     return zarr.open_group(zarr.storage.MemoryStore(buffers), mode="r")
+
+
+def features_of(inputs: Inputs, stack: str) -> np.ndarray:
+    values = inputs.features[stack][:, 0].copy()
+    values[list(inputs.skipped)] = 0
+    return values
+
+
+def assert_alike(location: Where, fresh: Where) -> None:
+    """Row for row the same, by every way to ask."""
+    with Reader(location) as one, Reader(fresh) as other:
+        assert one.keys == other.keys
+        assert one.content == other.content
+        assert one.labelling_digest == other.labelling_digest
+        assert one.fingerprint == other.fingerprint
+        assert one.skipped == other.skipped
+        np.testing.assert_array_equal(one.source_sha256, other.source_sha256)
+        for stack in STACKS:
+            np.testing.assert_array_equal(one.lengths(stack.name), other.lengths(stack.name))
+            rows = np.random.default_rng(0).permutation(one.rows)
+            np.testing.assert_array_equal(
+                one.read(rows, stack=stack.name), other.read(rows, stack=stack.name)
+            )
+        for target in TARGETS:
+            np.testing.assert_array_equal(one.labels(target.name), other.labels(target.name))
+        assert one.groups("site") == other.groups("site")
+        np.testing.assert_array_equal(one.folds, other.folds)
+        np.testing.assert_array_equal(one.split, other.split)
+        for names in ((), ("train",), ("val", "train")):
+            np.testing.assert_array_equal(one.split_rows(*names), other.split_rows(*names))
+    said = [asdict(inspect(each)) for each in (location, fresh)]
+    for name in ("targets", "kinds", "folds", "groups", "splits", "rows", "skipped", "complete"):
+        assert said[0][name] == said[1][name], name
+    assert verify(location).ok and verify(location).complete
