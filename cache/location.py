@@ -62,14 +62,18 @@ class Location:
 
     def is_there(self) -> bool:
         """Whether something stands here; an empty folder is as good as nothing."""
-        return self.store.exists(self.name)
+        return self._taken()
+
+    def _taken(self) -> bool:
+        return self.store.taken(self.name, self.kind.root(self.name))
 
     def open(self) -> Container:
         """Read the layout of the cache; no data are read.
 
         Raises: LocationError, CacheNotFound, CacheDamaged, FormatVersionError.
         """
-        if not self.store.exists(self.name):
+        self.store.close()  # another cache may be there now, under the same names
+        if not self._taken():
             raise CacheNotFound(f"{self.text}: there is no cache here; `extract` makes one")
         try:
             return self.kind.open(self.store, self.name)
@@ -101,13 +105,22 @@ class Location:
     ) -> Lock:
         """Create an empty cache, which is there whole or not at all; its lock.
 
-        Raises FileExistsError when somebody else has created one in the meantime.
+        Raises FileExistsError when somebody else has created one in the meantime; LocationError
+        when there is half of another one.
         """
 
         def build(name: str) -> None:
             self.kind.create(self.store, name, document, tables)
 
-        return self.store.create(self.name, build, shared=shared)
+        try:
+            return self.store.create(self.name, build, shared=shared)
+        except FileExistsError as error:
+            if self._taken():
+                raise
+            raise LocationError(
+                f"{self} holds what the creation of another cache has left, or is making just now: "
+                "delete it, or choose another --out"
+            ) from error
 
     def remove(self, unless: Callable[[], bool] = lambda: False) -> None:
         """Delete the cache; refuses what does not look like one.

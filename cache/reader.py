@@ -47,7 +47,7 @@ class Reader:
     workers together; None where no record says) and `container` (the layout, for `cache` itself).
 
     Raises: LocationError, CacheNotFound, CacheIncomplete, CacheDamaged, FormatVersionError,
-    CacheLocked while an HDF5 file is being changed.
+    CacheLocked where an HDF5 file is changed again and again.
     """
 
     def __init__(self, location: Where, *, allow_incomplete: bool = False) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
+import zarr
+from memory_store import BUCKETS
 
 from cache import (
     IGNORED,
@@ -19,8 +23,12 @@ from cache import (
     Target,
     Writer,
     encode_keys,
+    inspect,
     match,
+    verify,
 )
+
+Where = str | Path
 
 STACKS = (
     Stack(name="tokens", taps=("z0", "z1"), tokens=3, prefix_tokens=1, dim=4),
@@ -41,7 +49,7 @@ class Inputs:
 
     keys: tuple[str, ...]
     contents: tuple[str, ...]
-    lean: bool = False  # asked for a class alone: fewer files
+    lean: bool = False  # one stack, asked for a class alone: fewer files
 
     @classmethod
     def of(cls, *texts: str, lean: bool = False) -> Inputs:
@@ -57,6 +65,10 @@ class Inputs:
         )
 
     @property
+    def stacks(self) -> tuple[Stack, ...]:
+        return STACKS[:1] if self.lean else STACKS
+
+    @property
     def digests(self) -> np.ndarray:
         """uint8 (inputs, 32)."""
         all_bytes = b"".join(hashlib.sha256(text.encode()).digest() for text in self.contents)
@@ -70,7 +82,7 @@ class Inputs:
     def features(self) -> dict[str, np.ndarray]:
         """Per stack, float16 (inputs, 1, taps, tokens, dim)."""
         made = {}
-        for stack in STACKS:
+        for stack in self.stacks:
             rows = [
                 np.random.default_rng([*digest.tolist(), stack.tokens]).normal(size=stack.shape)
                 for digest in self.digests
@@ -124,7 +136,7 @@ def manifest_of(inputs: Inputs, *, slots_per_shard: int = 2) -> Manifest:
         storage="float16",
         parts=(len(inputs.keys),),
         slots_per_shard=slots_per_shard,
-        stacks=STACKS,
+        stacks=inputs.stacks,
     )
 
 
@@ -138,7 +150,7 @@ def fill(writer: Writer, inputs: Inputs, first: int = 0) -> None:
             writer.write(slot, arrays, {slot: skipped[n]} if n in skipped else {})
 
 
-def extract(location: Path, inputs: Inputs, *, seed: int = 0, slots_per_shard: int = 2) -> Path:
+def extract(location: Where, inputs: Inputs, *, seed: int = 0, slots_per_shard: int = 2) -> Where:
     """A fresh cache of these inputs."""
     labelling, tables = inputs.labelling(seed=seed)
     manifest = manifest_of(inputs, slots_per_shard=slots_per_shard)
@@ -147,7 +159,7 @@ def extract(location: Path, inputs: Inputs, *, seed: int = 0, slots_per_shard: i
     return location
 
 
-def label(location: Path, inputs: Inputs, *, seed: int) -> None:
+def label(location: Where, inputs: Inputs, *, seed: int) -> None:
     """Ask other things of the same rows."""
     with Reader(location) as reader:
         places = reader.place_tables
@@ -156,7 +168,7 @@ def label(location: Path, inputs: Inputs, *, seed: int) -> None:
         writer.label(labelling, {**tables, **places}, inputs.digest(seed=seed))
 
 
-def update(location: Path, inputs: Inputs, *, seed: int = 0) -> Matching:
+def update(location: Where, inputs: Inputs, *, seed: int = 0) -> Matching:
     """Bring a cache to these inputs, also one whose update was interrupted; what was found."""
     with Writer.resume(location) as writer:
         with Reader(location, allow_incomplete=True) as reader:
@@ -179,3 +191,94 @@ def update(location: Path, inputs: Inputs, *, seed: int = 0) -> Matching:
             tables["keys"] = encode_keys(inputs.keys)
         writer.label(labelling, tables, inputs.digest(seed=seed))
     return replace(found, slots=slots)
+
+
+def beside(location: Where, stem: str) -> Where:
+    """Another place of the same kind."""
+    return type(location)(str(location).replace("/sample.", f"/{stem}."))
+
+
+def is_zarr(location: Where) -> bool:
+    return str(location).endswith(".zarr")
+
+
+def objects(location: Where) -> dict[str, bytes]:
+    """All bytes around a cache, by name, without the code under test."""
+    if "://" in str(location):
+        return dict(BUCKETS.get(str(location).rpartition("/")[0], {}))
+    folder = Path(location).parent
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def unfinished(location: Where) -> list[str]:
+    """Names of files and folders of what has not been finished."""
+    names = list(objects(location))
+    if "://" not in str(location):
+        names += map(str, Path(location).parent.rglob("*"))
+    return [name for name in names if ".partial" in name or ".creating" in name]
+
+
+def put(location: Where, name: str, data: bytes | None) -> None:
+    """Change an object of a cache behind its back; None deletes it."""
+    if "://" in str(location):
+        bucket = BUCKETS[str(location).rpartition("/")[0]]
+        bucket.pop(name) if data is None else bucket.update({name: data})
+    else:
+        path = Path(location).parent / name
+        path.unlink() if data is None else path.write_bytes(data)
+
+
+def flip(location: Where, name: str, offset: int) -> None:
+    """Change one bit."""
+    data = bytearray(objects(location)[name])
+    data[offset] ^= 1
+    put(location, name, bytes(data))
+
+
+def plain_group(location: Where) -> Any:
+    """The cache as plain zarr or h5py opens it."""
+    if not is_zarr(location):
+        return h5py.File(location, "r")
+    if "://" not in str(location):
+        return zarr.open_group(location, mode="r")
+    name = str(location).rpartition("/")[2]
+    buffers = {
+        key.removeprefix(f"{name}/"): zarr.core.buffer.cpu.Buffer.from_bytes(data)
+        for key, data in objects(location).items()
+    }
+    return zarr.open_group(zarr.storage.MemoryStore(buffers), mode="r")
+
+
+def features_of(inputs: Inputs, stack: str) -> np.ndarray:
+    values = inputs.features[stack][:, 0].copy()
+    values[list(inputs.skipped)] = 0
+    return values
+
+
+def assert_alike(location: Where, fresh: Where) -> None:
+    """Row for row the same, by every way to ask."""
+    with Reader(location) as one, Reader(fresh) as other:
+        assert one.keys == other.keys
+        assert one.content == other.content
+        assert one.labelling_digest == other.labelling_digest
+        assert one.fingerprint == other.fingerprint
+        assert one.skipped == other.skipped
+        np.testing.assert_array_equal(one.source_sha256, other.source_sha256)
+        for stack in STACKS:
+            np.testing.assert_array_equal(one.lengths(stack.name), other.lengths(stack.name))
+            rows = np.random.default_rng(0).permutation(one.rows)
+            np.testing.assert_array_equal(
+                one.read(rows, stack=stack.name), other.read(rows, stack=stack.name)
+            )
+        for target in TARGETS:
+            np.testing.assert_array_equal(one.labels(target.name), other.labels(target.name))
+        assert one.groups("site") == other.groups("site")
+        np.testing.assert_array_equal(one.folds, other.folds)
+        np.testing.assert_array_equal(one.split, other.split)
+        for names in ((), ("train",), ("val", "train")):
+            np.testing.assert_array_equal(one.split_rows(*names), other.split_rows(*names))
+    said = [asdict(inspect(each)) for each in (location, fresh)]
+    for name in ("targets", "kinds", "folds", "groups", "splits", "rows", "skipped", "complete"):
+        assert said[0][name] == said[1][name], name
+    assert verify(location).ok and verify(location).complete

@@ -71,6 +71,11 @@ class Container(ABC):
 
     @classmethod
     @abstractmethod
+    def root(cls, name: str) -> str:
+        """The object that makes a cache of what lies at `name`."""
+
+    @classmethod
+    @abstractmethod
     def was_one(cls, store: Store, name: str) -> bool:
         """Whether what cannot be opened looks like a cache that was damaged."""
 

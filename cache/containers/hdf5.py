@@ -14,7 +14,7 @@ The stacks come last in the file: a file that was cut short loses rows, not the 
 import functools
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -73,8 +73,9 @@ class Hdf5Container(Container):
         in_place, end = _in_place(store, name), time.monotonic() + WAIT_SECONDS
         while time.monotonic() < end:
             change, failed = in_place.pending(name), None
+            store.close()  # another file may be there now
             size = store.size(name)
-            overlay = Overlay(functools.partial(store.read, name), change.size if change else size)
+            overlay = Overlay(_kept_open(store, name), change.size if change else size)
             overlay.writes += change.writes if change else ()
             try:
                 container = cls._read(store, name, overlay)
@@ -89,6 +90,11 @@ class Hdf5Container(Container):
             time.sleep(0.001)
         where = store.where(name)
         raise CacheLocked(f"{where} is changed again and again by another process: try later")
+
+    @classmethod
+    def root(cls, name: str) -> str:
+        """The file."""
+        return name
 
     @classmethod
     def was_one(cls, store: Store, name: str) -> bool:
@@ -207,6 +213,17 @@ class Hdf5Container(Container):
         part, local = self.manifest.part_of(shard)
         first = local * self.manifest.slots_per_shard * self.manifest.stack_slot_nbytes(stack)
         return self._offsets[in_part(part, f"stacks/{stack}")] + first
+
+
+def _kept_open(store: Store, name: str) -> Callable[[int, int], bytes]:
+    """The library reads many small pieces."""
+
+    def read(offset: int, length: int) -> bytes:
+        piece = memoryview(bytearray(length))
+        (got,) = store.read_runs(name, [(offset, [piece])])
+        return bytes(piece[:got])
+
+    return read
 
 
 def _in_place(store: Store, name: str) -> InPlace:

@@ -42,7 +42,7 @@ class ZarrContainer(Container):
         contents = _contents(document, [name for name, _, _ in arrays_of(document)], tables)
         root = contents.pop(METADATA)
         store.write_new({below(name, each): data for each, data in contents.items()})
-        if not store.publish_new(below(name, METADATA), root):
+        if not store.publish_new(cls.root(name), root):
             raise FileExistsError(f"{store.where(name)} exists")
 
     @classmethod
@@ -57,10 +57,14 @@ class ZarrContainer(Container):
                     raise  # else it was replaced meanwhile, and what it spoke of deleted
 
     @classmethod
+    def root(cls, name: str) -> str:
+        """The metadata of the root group, which hold the document."""
+        return below(name, METADATA)
+
+    @classmethod
     def was_one(cls, store: Store, name: str) -> bool:
         """Whether its root speaks of a document."""
-        root = below(name, METADATA)
-        return store.exists(root) and b'"sidecache"' in store.read(root)
+        return store.exists(cls.root(name)) and b'"sidecache"' in store.read(cls.root(name))
 
     @classmethod
     def _checked(cls, store: Store, name: str, document: Any) -> Self:

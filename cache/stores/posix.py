@@ -154,6 +154,10 @@ class PosixStore(Store, InPlace):
 
     # ---- a cache as a whole
 
+    def taken(self, name: str, root: str) -> bool:
+        """A new cache is renamed to its place: what is there is not left by a creation."""
+        return self.exists(name)
+
     def create(self, name: str, build: Callable[[str], None], *, shared: bool) -> Lock:
         """Built under another name, locked, and renamed: the lock is of the file itself."""
         there = files.make_folders(self.root)

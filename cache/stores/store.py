@@ -91,7 +91,10 @@ class Store(ABC):
     @abstractmethod
     def write_new(self, contents: Mapping[str, Bytes]) -> None:
         """Write objects where none are, and of which nobody speaks yet: killed, it may leave some
-        of them, or a part of one."""
+        of them, or a part of one.
+
+        FileExistsError if another object is there all the same, where that can be seen.
+        """
 
     @abstractmethod
     def publish_new(self, name: str, data: Bytes) -> bool:
@@ -128,6 +131,14 @@ class Store(ABC):
         """Delete the unfinished objects that killed processes have left in a folder."""
 
     # ---- a cache as a whole
+
+    @abstractmethod
+    def taken(self, name: str, root: str) -> bool:
+        """Whether something stands at the name of a cache, which `root` makes one.
+
+        Where `create` renames, whatever lies there: it is somebody's. Elsewhere `root` alone: what
+        lies there without it a killed creation has left, and the next one goes on with.
+        """
 
     @abstractmethod
     def create(self, name: str, build: Callable[[str], None], *, shared: bool) -> Lock:

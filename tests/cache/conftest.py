@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disk_recorder import Disk, recorded
+from memory_store import MemoryStore
 
 from cache import Labelling, Manifest, Stack, Target, Writer, encode, encode_keys
 from cache.containers.document import below
 from cache.labelling import FIRST
+from cache.location import STORES
 
 CONTAINERS = ("zarr", "h5")
 
@@ -99,6 +102,12 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """What a power cut could take from below `tmp_path`."""
+    return recorded(tmp_path, monkeypatch)
+
+
+@pytest.fixture
 def sample() -> Sample:
     return make_sample()
 
@@ -106,6 +115,17 @@ def sample() -> Sample:
 @pytest.fixture
 def samples() -> Callable[..., Sample]:
     return make_sample
+
+
+@pytest.fixture(params=[*CONTAINERS, "memory"])
+def anywhere(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str | Path:
+    """Where a cache may be made, once per container, and in an object store."""
+    if request.param != "memory":
+        return tmp_path / f"sample.{request.param}"
+    monkeypatch.setitem(STORES, "memory", MemoryStore)
+    return f"memory://{tmp_path.name}/sample.zarr"
 
 
 @pytest.fixture(params=CONTAINERS)
