@@ -7,7 +7,6 @@ SIGTERM. What is heavy is imported by the command that needs it, so that help an
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import time
 from pathlib import Path
@@ -29,7 +28,6 @@ from pipeline.config import (
     VerifyConfig,
 )
 from pipeline.setting import settings_of
-from pipeline.terminal import results
 from pipeline.terminal.exits import Sidecache
 from pipeline.terminal.flags import config_option, flags, json_option, member_flags, refit_option
 from pipeline.terminal.progress import (
@@ -42,7 +40,7 @@ from pipeline.terminal.progress import (
     training,
     verifying,
 )
-from pipeline.terminal.tables import print_json
+from pipeline.terminal.results import caches, passes, runs
 
 if TYPE_CHECKING:
     from pipeline.records import RefitResult
@@ -88,10 +86,7 @@ def extract(as_json: bool, **values: Any) -> None:
     config = ExtractConfig(**values)
     with Progress() as progress:
         result = stage.extract(config, extracting(progress, config))
-    if as_json:
-        print_json(results.extract_json(result))
-    else:
-        results.show_extract(config, result)
+    caches.show_extract(config, result, as_json)
 
 
 @main.command()
@@ -106,11 +101,7 @@ def inspect(cache: str, as_json: bool) -> None:
     """
     from cache import inspect as inspect_cache
 
-    found = inspect_cache(cache)
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        results.show_inspect(cache, found)
+    caches.show_inspect(cache, inspect_cache(cache), as_json)
 
 
 @main.command(params=flags(VerifyConfig))
@@ -136,10 +127,7 @@ def verify(as_json: bool, **values: Any) -> None:
 
             repaired = repair(config, verifying(progress))
         result = verify_cache(config.cache, verifying(progress))
-    if as_json:
-        print_json(results.verify_json(result, repaired))
-    else:
-        results.show_verify(config.cache, result, repaired)
+    caches.show_verify(config.cache, result, repaired, as_json)
     if not result.ok:
         raise SystemExit(1)
 
@@ -163,13 +151,9 @@ def label(as_json: bool, show: bool, **values: Any) -> None:
     from pipeline import label as stage
 
     if show:
-        results.print_labelling(stage.columns_of(values["cache"]))
-        return
-    result = stage.label(LabelConfig(**values))
-    if as_json:
-        print_json(dataclasses.asdict(result))
+        caches.print_labelling(stage.columns_of(values["cache"]))
     else:
-        results.show_label(result)
+        caches.show_label(stage.label(LabelConfig(**values)), as_json)
 
 
 @main.command(params=flags(CopyConfig))
@@ -189,10 +173,7 @@ def copy(as_json: bool, **values: Any) -> None:
     config = CopyConfig(**values)
     with Progress() as progress:
         result = stage.copy(config, copying(progress))
-    if as_json:
-        print_json(dataclasses.asdict(result))
-    else:
-        results.show_copy(config, result)
+    caches.show_copy(config, result, as_json)
 
 
 # --- stage two --------------------------------------------------------------------------------
@@ -222,12 +203,7 @@ def train(as_json: bool, method: list[str], refit: list[int] | None, **values: A
     with Progress() as progress:
         result = stage.train(config, training(progress))
         refitted = _refit(progress, config, refit)
-    if as_json:
-        found = dataclasses.asdict(result)
-        found["members"] = [member.to_dict() for member in result.members]
-        print_json(found | ({"refit": refitted.to_dict()} if refitted else {}))
-    else:
-        results.show_train(config.out, result, refitted)
+    passes.show_train(config.out, result, refitted, as_json)
 
 
 def _refit(progress: Progress, config: PassConfig, seeds: list[int] | None) -> RefitResult | None:
@@ -260,16 +236,12 @@ def sweep(as_json: bool, refit: list[int] | None, **values: Any) -> None:
     with Progress() as progress:
         result = stage.sweep(config, searching(progress))
         refitted = _refit(progress, config, refit)
-    if as_json:
-        found = dataclasses.asdict(result)
-        print_json(found | ({"refit": refitted.to_dict()} if refitted else {}))
-    else:
-        results.show_sweep(config.out, result, refitted)
+    passes.show_sweep(config.out, result, refitted, as_json)
 
 
 @main.command(params=flags(EvaluateConfig))
 @json_option
-def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None:
+def evaluate(as_json: bool, **values: Any) -> None:
     """Score trained members of RUN on a split: from the cache, or live from IMAGES.
 
     What is measured is also appended to RUN/evaluations.jsonl.
@@ -280,17 +252,15 @@ def evaluate(as_json: bool, run: str, images: str | None, **values: Any) -> None
     """
     from pipeline import evaluate as stage
 
+    config = EvaluateConfig(**values)
     with Progress() as progress:
-        evaluations = stage.evaluate(run, images=images, report=evaluating(progress), **values)
-    if as_json:
-        print_json(results.evaluate_json(evaluations))
-    else:
-        results.show_evaluate(run, evaluations)
+        evaluations = stage.evaluate(config, evaluating(progress))
+    runs.show_evaluate(config.run, evaluations, as_json)
 
 
 @main.command(params=flags(ReportConfig))
 @json_option
-def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:
+def report(as_json: bool, **values: Any) -> None:
     """Write one page about finished RUNS: leaderboard, curves, settings, mistakes, cost.
 
     The page is one HTML file that needs no network. Mistakes are those on the validation split;
@@ -301,21 +271,15 @@ def report(as_json: bool, runs: tuple[str, ...], **values: Any) -> None:
     Example:
       sidecache report runs/last --images photos/
     """
-    from pipeline.report import report as write_report
+    from pipeline import report as stage
 
-    written = write_report(runs, **values)
-    if as_json:
-        print_json(dataclasses.asdict(written))
-    else:
-        results.show_report(written)
+    runs.show_report(stage.report(ReportConfig(**values)), as_json)
 
 
 @main.command(params=flags(PredictConfig))
 @click.option("--csv", "csv_file", type=click.Path(dir_okay=False), help="Write a CSV instead.")
 @json_option
-def predict(
-    run: str, photos: tuple[str, ...], csv_file: str | None, as_json: bool, **values: Any
-) -> None:
+def predict(as_json: bool, csv_file: str | None, **values: Any) -> None:
     """Classify PHOTOS (files or folders) with a trained member of RUN.
 
     A photograph that cannot be read is named on stderr, the others go on; the exit code is then 1.
@@ -324,19 +288,12 @@ def predict(
     Example:
       sidecache predict runs/last holiday/ --top-k 3 --csv holiday.csv
     """
-    from pipeline.predict import predict as predict_photos
+    from pipeline import predict as stage
 
     with Progress() as progress:
-        found = predict_photos(run, photos, report=predicting(progress), **values)
-    if csv_file:
-        results.write_predictions(csv_file, found)
-    if as_json:
-        print_json(results.predict_json(found))
-    elif csv_file:
-        results.show_written(csv_file, found)
-    else:
-        results.show_predict(found)
-    if results.show_unread(found):
+        found = stage.predict(PredictConfig(**values), predicting(progress))
+    runs.show_predict(found, csv_file, as_json)
+    if any(prediction.error for prediction in found):
         raise SystemExit(1)
 
 
@@ -377,7 +334,7 @@ def demo(out: str) -> None:
         click.secho(f"\n$ sidecache {shlex.join(command)}", bold=True)
         main.main(command, standalone_mode=False)
     click.echo()
-    results.show_demo(tour.results(folder))
+    runs.show_demo(tour.results(folder))
     try:
         tour.draw_curves(folder, folder / "curves.png")
         click.echo(f"\nLearning curves: {folder / 'curves.png'}")

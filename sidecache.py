@@ -59,7 +59,7 @@ __all__ = [
     "train",
 ]
 
-Path_ = str | Path
+Location = str | Path
 Report = Callable[[Any], None]
 
 
@@ -68,7 +68,7 @@ def _silent(_record: Any) -> None:
 
 
 def extract(
-    images: Path_, *, model: str, out: Path_, report: Report = _silent, **settings: Any
+    images: Location, *, model: str, out: Location, report: Report = _silent, **settings: Any
 ) -> ExtractResult:
     """Run the frozen backbone over `images` once and write its layers' tokens to the cache `out`.
 
@@ -76,11 +76,12 @@ def extract(
     dataset string; `settings` are those of `sidecache extract` (`pipeline.config.ExtractConfig`).
     Run again, it goes on where it stopped; `update=True` computes what is new or changed alone.
 
-    >>> import sidecache
-    >>> sidecache.extract(
-    ...     "photos", model="test_vit", pretrained=False, out="sums.h5", gather="sum", dtype="int8"
-    ... ).extracted_rows
-    24
+        >>> import sidecache
+        >>> sidecache.extract(
+        ...     "photos", model="test_vit", pretrained=False,
+        ...     gather="sum", dtype="int8", out="sums.h5",
+        ... ).extracted_rows
+        24
     """
     from pipeline.config import ExtractConfig
     from pipeline.extract import extract as stage
@@ -88,15 +89,15 @@ def extract(
     return stage(ExtractConfig(images=str(images), model=model, out=str(out), **settings), report)
 
 
-def label(cache: Path_, source: Path_ | None = None, **settings: Any) -> LabelResult:
+def label(cache: Location, source: Location | None = None, **settings: Any) -> LabelResult:
     """Replace labels, splits, groups or folds of `cache`; no feature is computed.
 
     `source` is a list (.csv, .tsv) or anything that `extract` takes; `settings` are those of
     `sidecache label` (`pipeline.config.LabelConfig`).
 
-    >>> import sidecache
-    >>> sidecache.label("photos.zarr", folds=3, stratify=True).folds
-    [6, 6, 6]
+        >>> import sidecache
+        >>> sidecache.label("photos.zarr", folds=3, stratify=True).folds
+        [6, 6, 6]
     """
     from pipeline.config import LabelConfig
     from pipeline.label import label as stage
@@ -105,7 +106,7 @@ def label(cache: Path_, source: Path_ | None = None, **settings: Any) -> LabelRe
     return stage(LabelConfig(cache=str(cache), source=source, **settings))
 
 
-def copy(src: Path_, dst: Path_, *, report: Report = _silent, **settings: Any) -> CopyResult:
+def copy(src: Location, dst: Location, *, report: Report = _silent, **settings: Any) -> CopyResult:
     """Make a smaller cache: fewer taps, their sum, another storage type, some splits.
 
     >>> import sidecache
@@ -119,9 +120,9 @@ def copy(src: Path_, dst: Path_, *, report: Report = _silent, **settings: Any) -
 
 
 def train(
-    cache: Path_,
+    cache: Location,
     *,
-    out: Path_,
+    out: Location,
     method: str | Sequence[str] = "last",
     report: Report = _silent,
     **settings: Any,
@@ -130,12 +131,13 @@ def train(
 
     `settings` are those of `sidecache train`. A setting of a member may be a list; lists multiply.
 
-    >>> import sidecache
-    >>> run = sidecache.train(
-    ...     "photos.zarr", method="last", rank=[4, 8], lr=[1e-3, 3e-3], epochs=2, out="runs/grid"
-    ... )
-    >>> len(run.members)
-    4
+        >>> import sidecache
+        >>> run = sidecache.train(
+        ...     "photos.zarr", method="last", rank=[4, 8], lr=[1e-3, 3e-3], epochs=2,
+        ...     out="runs/grid",
+        ... )
+        >>> len(run.members)
+        4
     """
     from pipeline.config import PassConfig, TrainConfig
     from pipeline.setting import settings_of
@@ -149,10 +151,10 @@ def train(
 
 
 def sweep(
-    cache: Path_,
+    cache: Location,
     *,
-    space: Path_ | Mapping[str, Any],
-    out: Path_,
+    space: Location | Mapping[str, Any],
+    out: Location,
     report: Report = _silent,
     **settings: Any,
 ) -> SweepResult:
@@ -160,11 +162,11 @@ def sweep(
 
     `settings` are those of `sidecache sweep` (`pipeline.config.SweepConfig`).
 
-    >>> import sidecache
-    >>> space = {"method": "linear", "lr": [1e-3, 1e-2], "epochs": 2}
-    >>> found = sidecache.sweep("photos.zarr", space=space, sampler="grid", out="runs/sweep")
-    >>> found.done
-    2
+        >>> import sidecache
+        >>> space = {"method": "linear", "lr": [1e-3, 1e-2], "epochs": 2}
+        >>> found = sidecache.sweep("photos.zarr", space=space, sampler="grid", out="runs/sweep")
+        >>> found.done
+        2
     """
     from pipeline.config import SweepConfig
     from pipeline.sweep import sweep as stage
@@ -177,52 +179,66 @@ def sweep(
         return stage(SweepConfig(cache=str(cache), space=place, out=str(out), **settings), report)
 
 
-def evaluate(run: Path_, images: Path_ | None = None, **settings: Any) -> list[Evaluation]:
+def evaluate(
+    run: Location, images: Location | None = None, *, report: Report = _silent, **settings: Any
+) -> list[Evaluation]:
     """Score trained members of `run` on a split: from the cache, or live from `images`.
 
-    `settings` are those of `sidecache evaluate`, and `report`.
+    `settings` are those of `sidecache evaluate` (`pipeline.config.EvaluateConfig`).
 
-    >>> import sidecache
-    >>> [score] = sidecache.evaluate("runs/first", split="val")
-    >>> sorted(score.scores)
-    ['top1', 'top5']
+        >>> import sidecache
+        >>> [score] = sidecache.evaluate("runs/first", split="val")
+        >>> sorted(score.scores)
+        ['top1', 'top5']
     """
+    from pipeline.config import EvaluateConfig
     from pipeline.evaluate import evaluate as stage
 
     for name in ("split", "members"):
         if name in settings:
             settings[name] = tuple(_listed(settings[name]))
-    return stage(run, images=None if images is None else str(images), **settings)
+    source = None if images is None else str(images)
+    return stage(EvaluateConfig(run=str(run), images=source, **settings), report)
 
 
-def predict(run: Path_, photos: Path_ | Iterable[Path_], **settings: Any) -> list[Prediction]:
+def predict(
+    run: Location,
+    photos: Location | Iterable[Location],
+    *,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
+) -> list[Prediction]:
     """Classify `photos` (files or folders) with a trained member of `run`; see `load` for more.
 
-    `settings` are those of `sidecache predict`, and `report`.
+    `settings` are those of `sidecache predict` (`pipeline.config.PredictConfig`).
     """
+    from pipeline.config import PredictConfig
     from pipeline.predict import predict as stage
 
-    return stage(run, [photos] if isinstance(photos, str | Path) else list(photos), **settings)
+    return stage(PredictConfig(run=str(run), photos=_paths(photos), **settings), report)
 
 
-def report(runs: Path_ | Iterable[Path_], **settings: Any) -> Written:
-    """Write one HTML page about finished `runs`; `settings` are those of `sidecache report`.
+def report(runs: Location | Iterable[Location], **settings: Any) -> Written:
+    """Write one HTML page about finished `runs`.
+
+    `settings` are those of `sidecache report` (`pipeline.config.ReportConfig`).
 
     >>> import sidecache
     >>> sidecache.report("runs/first").members
     2
     """
+    from pipeline.config import ReportConfig
     from pipeline.report import report as stage
 
-    return stage([runs] if isinstance(runs, str | Path) else list(runs), **settings)
+    return stage(ReportConfig(runs=_paths(runs), **settings))
 
 
 def load(
-    run: Path_,
+    run: Location,
     *,
     member: str | None = None,
     task: str | None = None,
-    weights: Path_ | None = None,
+    weights: Location | None = None,
     pretrained: bool = True,
     seed: int = 0,
     device: str = "auto",
@@ -234,12 +250,12 @@ def load(
     (B, C) float32; `model.classes` names them. The best member on validation (of `task`), or
     `member`. `weights`, `pretrained` and `seed` as they were given to `extract`.
 
-    >>> import sidecache, torch
-    >>> from PIL import Image
-    >>> model = sidecache.load("runs/first", pretrained=False)
-    >>> image = model.transform(Image.open("photos/train/red/0.png").convert("RGB"))
-    >>> model(image[None]).shape, model.classes
-    (torch.Size([1, 3]), ('blue', 'green', 'red'))
+        >>> import sidecache, torch
+        >>> from PIL import Image
+        >>> model = sidecache.load("runs/first", pretrained=False)
+        >>> image = model.transform(Image.open("photos/train/red/0.png").convert("RGB"))
+        >>> model(image[None]).shape, model.classes
+        (torch.Size([1, 3]), ('blue', 'green', 'red'))
     """
     from pipeline.backbones.behind import SideTuned, go_live
     from pipeline.device import pick_device
@@ -252,7 +268,7 @@ def load(
     )
 
 
-def open(cache: Path_) -> Features:
+def open(cache: Location) -> Features:
     """A cache as rows of numpy arrays, and as a torch `Dataset` of any of its splits.
 
     >>> import sidecache
@@ -271,7 +287,7 @@ def open(cache: Path_) -> Features:
 
 
 def from_arrays(
-    out: Path_,
+    out: Location,
     tokens: np.ndarray | Tensor | Mapping[str, np.ndarray | Tensor],
     *,
     labels: Sequence[Any] | np.ndarray | None = None,
@@ -288,14 +304,14 @@ def from_arrays(
     (regression); None where unknown. `split`: N names, else 80 % train and 20 % val. Trains like
     any other cache; there is no backbone to evaluate it live.
 
-    >>> import sidecache, numpy
-    >>> values = numpy.random.default_rng(0).normal(size=(40, 2, 5, 8)).astype("float32")
-    >>> names = ["cat", "dog"] * 20
-    >>> with sidecache.from_arrays("mine.zarr", values, labels=names, prefix_tokens=1) as features:
-    ...     features.classes, features.taps
-    (('cat', 'dog'), ('z0', 'z1'))
-    >>> sidecache.train("mine.zarr", method="linear", epochs=2, out="runs/mine").members[0].id
-    'm0'
+        >>> import sidecache, numpy
+        >>> values = numpy.random.default_rng(0).normal(size=(40, 2, 5, 8))
+        >>> names = ["cat", "dog"] * 20
+        >>> features = sidecache.from_arrays("mine.zarr", values, labels=names, prefix_tokens=1)
+        >>> features.classes, features.taps
+        (('cat', 'dog'), ('z0', 'z1'))
+        >>> sidecache.train("mine.zarr", method="linear", epochs=2, out="runs/mine").members[0].id
+        'm0'
     """
     from pipeline.features.dataset import Features
     from pipeline.labelling.arrays import write_arrays
@@ -310,3 +326,8 @@ def from_arrays(
 def _listed(value: Any) -> list[Any]:
     """A value, or several, as a list."""
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _paths(value: Location | Iterable[Location]) -> tuple[str, ...]:
+    """One path, or several, as texts."""
+    return (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))

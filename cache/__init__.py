@@ -33,7 +33,7 @@ from cache.errors import (
     StorageOverflow,
     TapMissing,
 )
-from cache.labelling import IGNORED, Labelling, Target
+from cache.labelling import IGNORED, Labelling, Target, no_label
 from cache.manifest import Manifest, Stack
 from cache.matching import Matching, match
 from cache.reader import Reader
@@ -77,6 +77,7 @@ __all__ = [
     "encode_keys",
     "inspect",
     "match",
+    "no_label",
     "slot_tables",
     "verify",
 ]

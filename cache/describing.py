@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cache.labelling import IGNORED, Target
 from cache.ledger import Error, add_errors
+from cache.location import Where
 from cache.reader import Reader
 
 _MASKS_AT_ONCE = 256
@@ -64,7 +64,7 @@ class Inspection:
         return {**vars(self), "skipped": {str(row): why for row, why in self.skipped.items()}}
 
 
-def inspect(location: str | Path) -> Inspection:
+def inspect(location: Where) -> Inspection:
     """Describe the cache at a location, finished or not.
 
     Raises: LocationError, CacheNotFound, CacheDamaged, FormatVersionError.

@@ -96,6 +96,11 @@ def decode(stored: np.ndarray, storage: str) -> np.ndarray:
     return stored.astype(np.float32)
 
 
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order, without a copy where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 def encode_keys(keys: Sequence[str]) -> np.ndarray:
     """Pack row keys into the uint8 table `keys`: the bytes of a JSON list of strings.
 

@@ -21,7 +21,6 @@ Every message says what was expected, what came, and what to do.
 
 import errno
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -44,7 +43,7 @@ class CacheIncomplete(CacheError, RuntimeError):
 class CacheDamaged(CacheError, ValueError):
     """A file is missing, short, or holds other bytes than were written; `.file` if one is."""
 
-    def __init__(self, message: str, file: Path | None = None) -> None:
+    def __init__(self, message: str, file: str | None = None) -> None:
         super().__init__(message)
         self.file = file
 

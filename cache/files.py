@@ -17,8 +17,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 MOST_BUFFERS = 1024  # IOV_MAX on Linux and macOS
 MOST_OPEN = 128  # descriptors kept open by one pool
 YOUNG_SECONDS, OLD_SECONDS = 60, 86_400  # ages of a file that may be, or cannot be, in the making
@@ -64,11 +62,6 @@ def read_from(fd: int, offset: int, length: int) -> bytes:
     """Up to `length` bytes of an open file from `offset`; fewer at its end."""
     data = bytearray(length)
     return bytes(data[: read_exactly(fd, [memoryview(data)], offset)])
-
-
-def bytes_of(array: np.ndarray) -> memoryview:
-    """The bytes of an array in C order, without a copy where it is contiguous."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def read_at(path: Path, offset: int, length: int) -> bytes:
@@ -132,14 +125,14 @@ def new_file(folder: Path, stem: str) -> tuple[int, Path]:
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), path
 
 
-def write_atomic(path: Path, data: bytes, folder: Path) -> None:
+def write_atomic(path: Path, data: memoryview, folder: Path) -> None:
     """Replace a file: after a crash it holds the old bytes or the new, never a mixture.
 
     Written in `folder` first. The new name is durable when its folder has been synchronised.
     """
     fd, partial = new_file(folder, path.parent.name)
     try:
-        write_all(fd, memoryview(data), 0)
+        write_all(fd, data, 0)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -256,6 +256,11 @@ def _wrong_labels(target: Target, values: np.ndarray) -> tuple[np.ndarray, str]:
             return np.isinf(values), "a finite number, or NaN (none)"
 
 
+def no_label(dtype: np.dtype) -> float | int:
+    """How a table of labels, splits or folds says that a row has none: NaN, 255 or -1."""
+    return float("nan") if dtype.kind == "f" else IGNORED if dtype.kind == "u" else -1
+
+
 def _check_name(what: str, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{what} name {name!r}: expected lower-case letters, digits and _")

@@ -1,24 +1,13 @@
-"""Where a cache is: the container of a path, and its creation, one file or folder at a time.
+"""Where a cache is: the store and the name in it, and the container that the suffix chooses."""
 
-The suffix chooses the container. A cache appears under its name only when its layout is complete:
-it is built beside its place under a temporary name, made durable, locked, and renamed.
-"""
-
-import contextlib
-import errno
-import glob
 import os
-import shutil
-import time
-import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
 
 import numpy as np
 
-from cache import files
-from cache.containers import journal
 from cache.containers.container import Container
 from cache.containers.hdf5 import Hdf5Container
 from cache.containers.zarr import ZarrContainer
@@ -30,162 +19,123 @@ from cache.errors import (
     FormatVersionError,
     LocationError,
 )
+from cache.stores.posix import PosixStore
+from cache.stores.store import Lock, Store
 
 CONTAINERS: dict[str, type[Container]] = {".zarr": ZarrContainer, ".h5": Hdf5Container}
-LITTER_SECONDS = 600  # a temporary name that nobody has locked for so long is a crash's leftover
+STORES: dict[str, Callable[[str], Store]] = {}  # by the scheme of a URL: the store of a folder
+
+Where = str | os.PathLike[str]
 
 
-def container_of(location: str | Path) -> type[Container]:
-    """The container class for a location. Raises LocationError for another suffix."""
-    path = Path(location)
-    if "://" in str(location):
-        raise LocationError(f"{location}: expected a local path, received a URL")
-    if path.suffix not in CONTAINERS:
-        raise LocationError(
-            f"{location}: expected a folder name ending in .zarr or a file name ending in .h5, "
-            f"received suffix {path.suffix!r}"
-        )
-    return CONTAINERS[path.suffix]
+@dataclass(frozen=True)
+class Location:
+    """One cache's place. `text` is what the caller said."""
 
+    text: str
+    store: Store
+    name: str
+    kind: type[Container]
 
-def open_container(location: str | Path) -> Container:
-    """Read the layout of the cache at a location; no data are read.
-
-    Raises: LocationError, CacheNotFound, CacheDamaged, FormatVersionError.
-    """
-    kind, path = container_of(location), Path(location).absolute()
-    if not path.exists():
-        raise CacheNotFound(f"{location}: there is no cache here; `extract` makes one")
-    expected = "folder" if kind is ZarrContainer else "file"
-    if path.is_dir() != (kind is ZarrContainer):
-        raise LocationError(f"{location}: expected a {expected} for suffix {kind.suffix}")
-    try:
-        return kind.open(path)
-    except CacheError as error:
-        if str(path) not in str(error):
-            error.args = (f"{location}: {error}", *error.args[1:])
-        raise
-
-
-def lock(path: Path, *, shared: bool = False) -> int:
-    """Take the writer's lock of a cache and return the descriptor that holds it.
-
-    Workers of one job share it. Raises CacheLocked when another writer has it.
-    """
-    writable = path.is_file() and os.access(path, os.W_OK)
-    fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)  # NFS locks nothing open to read
-    if files.try_lock(fd, shared=shared) is not False:
-        return fd
-    os.close(fd)
-    raise CacheLocked(
-        f"{path} is being written by another process: wait for it or stop it; "
-        "the lock goes away with the process, also when that is killed"
-    )
-
-
-def create(
-    location: Path,
-    document: dict[str, Any],
-    tables: Mapping[str, np.ndarray],
-    *,
-    shared: bool = False,
-) -> int:
-    """Create an empty cache and return the descriptor that holds its lock.
-
-    Raises FileExistsError when somebody else has created one in the meantime.
-    """
-    path = location.absolute()
-    there = files.make_folders(path.parent)
-    _sweep(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
-    try:
-        container_of(path).create(temporary, document, tables)
-        journal.forget(path)  # of a cache that was deleted by hand; the new one is another
-        fd = lock(temporary, shared=shared)  # of the file itself: the rename keeps it
-        try:
-            _publish(temporary, path)
-        except BaseException:
-            os.close(fd)
-            raise
-    finally:
-        _delete(temporary)
-    files.sync_folders(path.parent, there)
-    return fd
-
-
-def remove(location: Path, unless: Callable[[], bool] = lambda: False) -> None:
-    """Delete the cache at a location; refuses what does not look like one.
-
-    `unless` is asked when nobody else can write it any more: True leaves it there. Raises:
-    LocationError; CacheLocked when it is being written.
-    """
-    path = location.absolute()
-    fd = lock(path)
-    try:
-        _refuse_other_things(path)
-        if unless():
-            return
-        doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
-        path.rename(doomed)
-        journal.forget(path)
-        _delete(doomed)
-    finally:
-        os.close(fd)
-
-
-def is_there(location: Path) -> bool:
-    """Whether something stands at the location; an empty folder is as good as nothing."""
-    if location.is_dir():
-        return any(location.iterdir())
-    return location.exists()
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Give a finished layout its name; FileExistsError when the name is taken."""
-    if temporary.is_dir():
-        try:
-            temporary.rename(path)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise FileExistsError(f"{path} exists") from error
-            raise
-    elif not files.publish(temporary, path):
-        raise FileExistsError(f"{path} exists")
-
-
-def _refuse_other_things(path: Path) -> None:
-    try:
-        open_container(path)
-    except FormatVersionError:
-        pass  # a cache all the same
-    except CacheDamaged as error:
-        if not _was_a_cache(path):
+    @classmethod
+    def of(cls, where: Where) -> Self:
+        """Raises LocationError for a suffix or a scheme that is unknown."""
+        text = os.fspath(where)
+        scheme, url, _ = text.partition("://")
+        folder, _, name = text.rstrip("/").rpartition("/")
+        if not url:
+            path = Path(text).absolute()
+            folder, name = str(path.parent), path.name
+        elif scheme not in STORES:
+            raise LocationError(f"{text}: expected a local path, received a URL")
+        suffix = PurePosixPath(name).suffix
+        if suffix not in CONTAINERS:
             raise LocationError(
-                f"{path} is not a sidecache cache, so it is not overwritten: "
-                "choose another name, or delete it yourself"
+                f"{text}: expected a folder name ending in .zarr or a file name ending in .h5, "
+                f"received suffix {suffix!r}"
+            )
+        store = STORES[scheme](folder) if url else PosixStore(Path(folder))
+        return cls(text, store, name, CONTAINERS[suffix])
+
+    def __str__(self) -> str:
+        return self.store.where(self.name)
+
+    def is_there(self) -> bool:
+        """Whether something stands here; an empty folder is as good as nothing."""
+        return self.store.exists(self.name)
+
+    def open(self) -> Container:
+        """Read the layout of the cache; no data are read.
+
+        Raises: LocationError, CacheNotFound, CacheDamaged, FormatVersionError.
+        """
+        if not self.store.exists(self.name):
+            raise CacheNotFound(f"{self.text}: there is no cache here; `extract` makes one")
+        try:
+            return self.kind.open(self.store, self.name)
+        except (IsADirectoryError, NotADirectoryError) as error:
+            expected = "folder" if self.kind is ZarrContainer else "file"
+            raise LocationError(
+                f"{self.text}: expected a {expected} for suffix {self.kind.suffix}"
+            ) from error
+        except CacheError as error:
+            if str(self) not in str(error):
+                error.args = (f"{self.text}: {error}", *error.args[1:])
+            raise
+
+    def lock(self, *, shared: bool = False) -> Lock:
+        """Take the writer's lock of the cache, which workers of one job share.
+
+        Raises CacheLocked when another writer has it.
+        """
+        try:
+            return self.store.lock(self.name, shared=shared)
+        except BlockingIOError as error:
+            raise CacheLocked(
+                f"{self} is being written by another process: wait for it or stop it; "
+                "the lock goes away with the process, also when that is killed"
             ) from error
 
+    def create(
+        self, document: dict[str, Any], tables: Mapping[str, np.ndarray], *, shared: bool = False
+    ) -> Lock:
+        """Create an empty cache, which is there whole or not at all; its lock.
 
-def _was_a_cache(path: Path) -> bool:
-    if path.is_dir():
-        root = path / "zarr.json"
-        return root.exists() and b'"sidecache"' in root.read_bytes()
-    head = files.read_at(path, 0, 2**20)
-    return head.startswith(b"\x89HDF") and b'"fingerprint"' in head
+        Raises FileExistsError when somebody else has created one in the meantime.
+        """
+
+        def build(name: str) -> None:
+            self.kind.create(self.store, name, document, tables)
+
+        return self.store.create(self.name, build, shared=shared)
+
+    def remove(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """Delete the cache; refuses what does not look like one.
+
+        `unless` is asked when nobody else can write it any more: True leaves it there. Raises:
+        LocationError; CacheLocked when it is being written.
+        """
+        lock = self.lock()
+        try:
+            self._refuse_other_things()
+            if not unless():
+                self.store.remove(self.name)
+        finally:
+            lock.release()
+
+    def _refuse_other_things(self) -> None:
+        try:
+            self.open()
+        except FormatVersionError:
+            pass  # a cache all the same
+        except CacheDamaged as error:
+            if not self.kind.was_one(self.store, self.name):
+                raise LocationError(
+                    f"{self} is not a sidecache cache, so it is not overwritten: "
+                    "choose another name, or delete it yourself"
+                ) from error
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sweep(path: Path) -> None:
-    """Delete what a killed creation of this cache left behind."""
-    for litter in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):
-        with contextlib.suppress(OSError, CacheLocked):
-            if time.time() - litter.stat().st_mtime > LITTER_SECONDS:
-                fd = lock(litter)
-                _delete(litter)
-                os.close(fd)
+def open_container(where: Where) -> Container:
+    """Read the layout of the cache at a location. Raises what `Location.open` raises."""
+    return Location.of(where).open()

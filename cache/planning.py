@@ -5,20 +5,19 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cache import files
 from cache.containers.container import Container
 from cache.containers.document import arrays_of, below, labelling_tables, make_document
 from cache.documents import ABSENT, differences
 from cache.encoding import decode_keys
 from cache.errors import CacheError, CacheLocked, IdentityMismatch, NoSpace, NotWritable
 from cache.labelling import FIRST, Labelling
-from cache.location import create, is_there, lock, open_container, remove
+from cache.location import Location
 from cache.manifest import Manifest
+from cache.stores.store import Lock
 from cache.tables import check_tables, plain, read_table
 
 
@@ -83,14 +82,14 @@ class Plan:
                 found.append((f"table {name}", "other contents", "these contents"))
         return found
 
-    def refuse_differences(self, path: Path, container: Container) -> None:
+    def refuse_differences(self, container: Container) -> None:
         """Resuming is for the same job. Raises IdentityMismatch naming every field."""
         if found := self.differences(container):
             lines = "".join(
                 f"\n  {field}: {_short(a)} in the cache, {_short(b)} now" for field, a, b in found
             )
             raise IdentityMismatch(
-                f"{path} was made from something else:{lines}\n"
+                f"{container.where} was made from something else:{lines}\n"
                 "choose another --out, or replace it with --overwrite",
                 found,
             )
@@ -108,8 +107,8 @@ def checked_labels(
     return {name: plain(table) for name, table in checked.items()}
 
 
-def create_or_lock(path: Path, plan: Plan, *, overwrite: bool, shared: bool) -> int:
-    """The descriptor that holds the lock of the cache, which exists afterwards.
+def create_or_lock(location: Location, plan: Plan, *, overwrite: bool, shared: bool) -> Lock:
+    """The lock of the cache, which exists afterwards.
 
     What is there is replaced only if `overwrite` says so and it holds other features: of several
     workers that were all told to overwrite, one does, and the others use its cache.
@@ -117,34 +116,34 @@ def create_or_lock(path: Path, plan: Plan, *, overwrite: bool, shared: bool) -> 
 
     def same() -> bool:
         try:
-            return not plan.differences(open_container(path))
+            return not plan.differences(location.open())
         except CacheError:
             return False
 
-    while is_there(path):
+    while location.is_there():
         if not overwrite or same():
-            return lock(path, shared=shared)
-        refuse_full_disk(path, plan.nbytes, files.allocated_bytes(path))
+            return location.lock(shared=shared)
+        refuse_full_disk(location, plan.nbytes, location.store.used_bytes(location.name))
         try:
-            remove(path, unless=same)
+            location.remove(unless=same)
         except CacheLocked:
             if not same():  # else another worker has just replaced it
                 raise
         except FileNotFoundError:
             continue  # another worker has just removed it
-    refuse_full_disk(path, plan.nbytes, 0)
+    refuse_full_disk(location, plan.nbytes)
     try:
-        return create(path, plan.document, plan.tables, shared=shared)
+        return location.create(plan.document, plan.tables, shared=shared)
     except FileExistsError:  # another worker was faster: use its plan
-        return lock(path, shared=shared)
+        return location.lock(shared=shared)
 
 
-def refuse_full_disk(path: Path, needed: int, reclaimed: int) -> None:
+def refuse_full_disk(location: Location, needed: int, reclaimed: int = 0) -> None:
     """Raise NoSpace if `needed` bytes do not fit on the disk, when so many are given back."""
-    free = files.free_bytes(path) + reclaimed
+    free = location.store.free_bytes() + reclaimed
     if needed > free:
         raise NoSpace(
-            f"{path}: {needed:,} bytes are still to be written and {free:,} are free: "
+            f"{location}: {needed:,} bytes are still to be written and {free:,} are free: "
             "make room, choose another disk, or keep fewer taps, tokens or a smaller storage type"
         )
 
@@ -156,7 +155,7 @@ def _short(value: object) -> str:
 
 
 @contextmanager
-def disk_explained(path: Path) -> Iterator[None]:
+def disk_explained(location: Location) -> Iterator[None]:
     """Say what a full disk, or one that this user may not write, means: NoSpace, NotWritable."""
     try:
         yield
@@ -165,12 +164,12 @@ def disk_explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(
-                f"{path}: the disk is full. Finished shards are kept: make room and run the same "
-                "command again, it continues from there"
+                f"{location}: the disk is full. Finished shards are kept: make room and run the "
+                "same command again, it continues from there"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise NotWritable(
-                f"{path} cannot be written ({error}): expected a place where this user may write; "
-                "choose another --out, or change the rights"
+                f"{location} cannot be written ({error}): expected a place where this user may "
+                "write; choose another --out, or change the rights"
             ) from error
         raise

@@ -1,32 +1,26 @@
 """Reading a cache: rows straight from the file into memory that the caller owns.
 
-A read resolves rows to places in files, sorts them, and fills the caller's buffer with as few
-`preadv` calls as there are runs of neighbours. Nothing is copied on the way, the interpreter lock
-is released while the kernel works, and no call depends on another, so many threads may read at
-once. A reader may be pickled and forked: it reopens its files where it finds itself.
+What lies in which slot is the reader's business, and how it is read that of `RowReader`. A reader
+may be pickled and forked: it reopens its files where it finds itself.
 """
 
 import functools
 import hashlib
-import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from cache import files
-from cache.containers.container import Container, ShardExtents
+from cache.containers.container import Container
 from cache.containers.document import below, in_part, labelling_tables
 from cache.documents import canonical_json
 from cache.encoding import decode_keys
-from cache.errors import CacheDamaged, CacheIncomplete, NameMissing, TapMissing
+from cache.errors import CacheDamaged, CacheIncomplete, NameMissing
 from cache.labelling import Target
 from cache.ledger import Error, Record, read_record
-from cache.location import open_container
-from cache.manifest import Stack
+from cache.location import Where, open_container
+from cache.rows import RowReader, check_out, tap_range
 from cache.tables import (
     labelling_digest,
     read_labelling_table,
@@ -46,8 +40,8 @@ class Reader:
     allow_incomplete: open a cache whose extraction has not finished; only the rows of finished
     shards can then be read.
 
-    Besides what follows: `location` (absolute), `manifest`, `labelling`, `fingerprint`, `slots`
-    (int64 (rows,), where each row's features lie), `skipped` (reason per row that has no features),
+    Besides what follows: `location` (the full path or URL), `manifest`, `labelling`, `fingerprint`,
+    `slots` (int64 (rows,), where each row's features lie), `skipped` (reason per row without),
     `errors` (per stack, what rounding to the storage type lost in each shard where that was
     measured, see docs/format.md), `seconds` (wall time that the finished shards took, all legs and
     workers together; None where no record says) and `container` (the layout, for `cache` itself).
@@ -56,9 +50,9 @@ class Reader:
     CacheLocked while an HDF5 file is being changed.
     """
 
-    def __init__(self, location: str | Path, *, allow_incomplete: bool = False) -> None:
+    def __init__(self, location: Where, *, allow_incomplete: bool = False) -> None:
         self.container, self.slots = _opened(location)
-        self.location = self.container.path
+        self.location = self.container.where
         self.manifest, self.labelling = self.container.manifest, self.container.labelling
         self.fingerprint = self.manifest.fingerprint
         self.errors: dict[str, list[Error]] = {}
@@ -85,8 +79,7 @@ class Reader:
                 f"{location}: {self.rows_done} of {self.rows} rows are done: "
                 "run the same extract command again, it continues where it stopped"
             )
-        self._extents: dict[tuple[str, int], ShardExtents] = {}
-        self._files, self._pid = files.OpenFiles(), os.getpid()
+        self._rows = RowReader(self.container, self.slots, self._done)
 
     @property
     def _row_tables(self) -> set[str]:
@@ -99,15 +92,9 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_files"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _files=files.OpenFiles(), _pid=os.getpid())
-
     def close(self) -> None:
         """Close the files that are open; a later read opens them again."""
-        self._files.close()
+        self.container.store.close()
 
     @property
     def rows(self) -> int:
@@ -290,7 +277,7 @@ class Reader:
     ) -> np.ndarray:
         """The rows as a new array `(n, taps, tokens, stored width)` in the storage dtype."""
         _, *token_shape = self.manifest.stored_shape(stack)
-        shape = (len(rows), len(_tap_range(self.manifest.stack(stack), taps)), *token_shape)
+        shape = (len(rows), len(tap_range(self.manifest.stack(stack), taps)), *token_shape)
         out = np.empty(shape, self.manifest.dtype)
         self.read_into(rows, out, stack=stack, taps=taps, view=view)
         return out
@@ -317,23 +304,11 @@ class Reader:
             CacheIncomplete: a row belongs to a shard that is not done.
             CacheDamaged: the file is missing or ends too early; names it and the row.
         """
-        _, tokens, width = self.manifest.stored_shape(stack)
-        chosen = _tap_range(self.manifest.stack(stack), taps)
+        chosen = tap_range(self.manifest.stack(stack), taps)
         indices = self._check_rows(rows, view)
-        self._check_out(out, (len(indices), len(chosen), tokens, width))
-        tap_bytes = tokens * width * out.itemsize
-        length = len(chosen) * tap_bytes
-        memory = out.reshape(-1).view(np.uint8).data
-        slots = self.slots[indices]
-        order = np.argsort(slots, kind="stable")
-        indices, slots = indices[order], slots[order]
-        for shard, part in _groups(self.manifest.shards_of(slots)):
-            extents = self._shard_extents(stack, shard)
-            first = self.manifest.shard_slots(shard).start
-            places = extents.offsets[slots[part] - first, view]
-            starts = np.where(places < 0, -1, places + chosen.start * tap_bytes)
-            buffers = [memory[i * length : (i + 1) * length] for i in order[part].tolist()]
-            self._fill(extents.path, starts, buffers, indices[part])
+        _, *token_shape = self.manifest.stored_shape(stack)
+        check_out(self.manifest, out, (len(indices), len(chosen), *token_shape))
+        self._rows.read_into(indices, out, stack=stack, taps=chosen, view=view)
 
     @functools.cached_property
     def content(self) -> str:
@@ -384,58 +359,8 @@ class Reader:
             raise IndexError(f"view {view} is outside the cache: it has {self.manifest.views}")
         return indices.astype(np.int64)
 
-    def _check_out(self, out: np.ndarray, shape: tuple[int, ...]) -> None:
-        dtypes = [self.manifest.dtype]
-        if self.manifest.storage == "bfloat16":
-            dtypes.append(np.dtype("<i2"))
-        if out.shape != shape or out.dtype not in dtypes:
-            raise ValueError(
-                f"out: expected {self.manifest.dtype} {shape}, received {out.dtype} {out.shape}"
-            )
-        if not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError("out: expected a writeable, C contiguous array")
 
-    def _shard_extents(self, stack: str, shard: int) -> ShardExtents:
-        extents = self._extents.get((stack, shard))
-        if extents is None:
-            if not self._done[shard]:
-                slots = self.manifest.shard_slots(shard)
-                rows = np.flatnonzero((self.slots >= slots.start) & (self.slots < slots.stop))
-                raise CacheIncomplete(
-                    f"{self.location}: rows {rows[0]} to {rows[-1]} are not done yet"
-                )
-            extents = self._extents[stack, shard] = self.container.slots(stack, shard)
-        return extents
-
-    def _fill(
-        self, path: Path, starts: np.ndarray, buffers: list[memoryview], rows: np.ndarray
-    ) -> None:
-        """Fill each buffer from its place; neighbours in the file share one read."""
-        length = buffers[0].nbytes
-        breaks = np.flatnonzero(np.diff(starts) != length) + 1
-        try:
-            with self._open_files().use(path) as fd:
-                for run in np.split(np.arange(len(buffers)), breaks):
-                    first, end = int(run[0]), int(run[-1]) + 1
-                    if starts[first] < 0:
-                        buffers[first][:] = bytes(length)  # stored nowhere: zeros
-                        continue
-                    got = files.read_exactly(fd, buffers[first:end], int(starts[first]))
-                    if got < (end - first) * length:
-                        row = rows[first + got // length]
-                        raise CacheDamaged(f"{path} ends before row {row}: it was cut short", path)
-        except FileNotFoundError as error:
-            raise CacheDamaged(
-                f"{path} is missing, the ledger says it was written", path
-            ) from error
-
-    def _open_files(self) -> files.OpenFiles:
-        if self._pid != os.getpid():  # forked: another thread may have held the pool's lock
-            self._files, self._pid = files.OpenFiles(), os.getpid()
-        return self._files
-
-
-def _opened(location: str | Path) -> tuple[Container, np.ndarray]:
+def _opened(location: Where) -> tuple[Container, np.ndarray]:
     """The cache at a location, and the slot of each row."""
     while True:
         container = open_container(location)
@@ -446,26 +371,6 @@ def _opened(location: str | Path) -> tuple[Container, np.ndarray]:
         except CacheDamaged:
             if open_container(location).document == container.document:
                 raise  # else its labelling has been replaced twice meanwhile
-
-
-def _groups(values: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """Runs of equal values of a sorted array: (value, where)."""
-    bounds = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    for first, end in itertools.pairwise(bounds):
-        if end > first:
-            yield int(values[first]), slice(first, end)
-
-
-def _tap_range(stack: Stack, taps: slice | None) -> range:
-    if taps is None:
-        return range(len(stack.taps))
-    first, end = taps.start or 0, len(stack.taps) if taps.stop is None else taps.stop
-    if taps.step not in (None, 1) or not 0 <= first < end <= len(stack.taps):
-        raise TapMissing(
-            f"taps {first} to {end - 1} (step {taps.step or 1}) are not a contiguous range of "
-            f"stack {stack.name!r}, which has {len(stack.taps)}: {', '.join(stack.taps)}"
-        )
-    return range(first, end)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -19,10 +19,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import xxhash
 
-from cache import files
 from cache.containers.container import Container
 from cache.containers.document import below
-from cache.encoding import decode_keys
+from cache.encoding import bytes_of, decode_keys
 from cache.errors import CacheDamaged, NameMissing
 from cache.manifest import Manifest
 
@@ -80,7 +79,7 @@ def read_table(container: Container, name: str) -> np.ndarray:
     Raises: NameMissing listing the tables there are; CacheDamaged naming the file.
     """
     table = np.empty(*_shape_and_dtype(container, name))
-    memory = files.bytes_of(table)
+    memory = bytes_of(table)
     _read_checked(container, name, lambda start, end: memory[start:end])
     return table
 
@@ -97,23 +96,22 @@ def _read_checked(
     """Read all bytes of a table, those from `start` to `end` into `memory(start, end)`."""
     shape, dtype = _shape_and_dtype(container, name)
     extent, length = container.table(name), dtype.itemsize * math.prod(shape)
-    digest = xxhash.xxh3_128()
+    where, digest = container.store.where(extent.name), xxhash.xxh3_128()
     try:
-        with files.opened(extent.path) as fd:
-            for start in range(0, length, _PIECE_BYTES):
-                piece = memory(start, min(length, start + _PIECE_BYTES))
-                got = files.read_exactly(fd, [piece], extent.offset + start)
-                digest.update(piece[:got])
+        for start in range(0, length, _PIECE_BYTES):
+            piece = memory(start, min(length, start + _PIECE_BYTES))
+            (got,) = container.store.read_runs(extent.name, [(extent.offset + start, [piece])])
+            digest.update(piece[:got])
     except FileNotFoundError as error:
-        raise CacheDamaged(f"{extent.path}, table {name!r}, is missing") from error
+        raise CacheDamaged(f"{where}, table {name!r}, is missing", where) from error
     if digest.hexdigest() != container.document["tables"][name]["xxh3_128"]:
-        raise CacheDamaged(f"{extent.path}: table {name!r} does not match its checksum")
+        raise CacheDamaged(f"{where}: table {name!r} does not match its checksum", where)
 
 
 def _shape_and_dtype(container: Container, name: str) -> tuple[tuple[int, ...], np.dtype]:
     known = container.document["tables"]
     if name not in known:
-        raise NameMissing(f"no table {name!r} in {container.path}: it holds {', '.join(known)}")
+        raise NameMissing(f"no table {name!r} in {container.where}: it holds {', '.join(known)}")
     return tuple(known[name]["shape"]), np.dtype(known[name]["dtype"])
 
 
@@ -128,12 +126,17 @@ def read_table_rows(container: Container, name: str, rows: np.ndarray) -> np.nda
     out = np.empty((len(rows), *shape[1:]), dtype)
     extent, length = container.table(name), dtype.itemsize * math.prod(shape[1:])
     memory = out.reshape(-1).view(np.uint8).data
-    starts = [extent.offset + int(row) * length for row in rows]
-    buffers = [memory[i * length : (i + 1) * length] for i in range(len(rows))]
-    with files.opened(extent.path) as fd:
-        for start, buffer in zip(starts, buffers, strict=True):
-            if files.read_exactly(fd, [buffer], start) < length:
-                raise CacheDamaged(f"{extent.path} ends too early: it was cut short", extent.path)
+    runs = [
+        (extent.offset + row * length, [memory[i * length : (i + 1) * length]])
+        for i, row in enumerate(rows.tolist())
+    ]
+    where = container.store.where(extent.name)
+    try:
+        received = container.store.read_runs(extent.name, runs)
+    except FileNotFoundError as error:
+        raise CacheDamaged(f"{where}, table {name!r}, is missing", where) from error
+    if any(got < length for got in received):
+        raise CacheDamaged(f"{where} ends too early: it was cut short", where)
     return out
 
 

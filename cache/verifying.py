@@ -8,13 +8,13 @@ row has any more are not looked at.
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from cache.errors import CacheDamaged
 from cache.ledger import read_record
+from cache.location import Location, Where
 from cache.reader import Reader
 from cache.tables import check_table
 
@@ -26,7 +26,7 @@ class Damage:
     stack, row, key: None where the damage is not in one row, as in a table or the manifest.
     """
 
-    file: Path
+    file: str
     reason: str
     stack: str | None = None
     row: int | None = None
@@ -63,7 +63,7 @@ class Verification:
         return not self.damaged
 
 
-def verify(location: str | Path, report: Callable[[Verified], None] | None = None) -> Verification:
+def verify(location: Where, report: Callable[[Verified], None] | None = None) -> Verification:
     """Read the whole cache and compare it with its checksums; `report` is called once a shard.
 
     Raises: LocationError, CacheNotFound, FormatVersionError. Damage of any kind is in the result.
@@ -71,7 +71,7 @@ def verify(location: str | Path, report: Callable[[Verified], None] | None = Non
     try:
         reader = Reader(location, allow_incomplete=True)
     except CacheDamaged as error:
-        file = error.file or Path(location).absolute()
+        file = error.file or str(Location.of(location))
         whole = [Damage(file=file, reason=str(error))]
         return Verification(damaged=whole, lost_shards=[], rows=0, bytes=0, complete=False)
     damaged, keys = _check_tables(reader)
@@ -113,7 +113,7 @@ def _check_tables(reader: Reader) -> tuple[list[Damage], list[str | None]]:
         try:
             check_table(reader.container, name)
         except CacheDamaged as error:
-            file = reader.container.table(name).path
+            file = reader.container.store.where(reader.container.table(name).name)
             damaged.append(Damage(file=file, reason=str(error)))
     with contextlib.suppress(CacheDamaged):
         keys = list(reader.keys)
@@ -128,8 +128,9 @@ def _damage(
     data = reader.container.record(shard)
     record = read_record(data, reader.manifest, shard)
     stacks = [stack.name for stack in reader.manifest.stacks]
+    where = reader.container.store.where
 
-    def all_rows(file: Path, reason: str, stacks: Sequence[str]) -> list[Damage]:
+    def all_rows(file: str, reason: str, stacks: Sequence[str]) -> list[Damage]:
         return [
             Damage(file=file, reason=reason, stack=stack, row=row, key=keys[row])
             for stack in stacks
@@ -139,13 +140,13 @@ def _damage(
     if record is None:
         if not data or not any(data):  # zeros only mean: not done yet
             return [], False
-        place = reader.container.record_place(shard).path
-        return all_rows(place, "its ledger record is damaged", stacks), True
+        place = reader.container.record_place(shard).name
+        return all_rows(where(place), "its ledger record is damaged", stacks), True
     found: list[Damage] = []
     lost = False
     for stack in stacks:
         try:
-            file = reader.container.slots(stack, shard).path
+            file = where(reader.container.slots(stack, shard).name)
         except CacheDamaged as error:
             found += all_rows(error.file or reader.location, str(error), [stack])
             lost = True

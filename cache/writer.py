@@ -12,28 +12,23 @@ This module does not know what the numbers mean, nor which container holds them.
 
 import contextlib
 import dataclasses
-import math
-import os
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import xxhash
 
-from cache import files
-from cache.containers.container import Container, Extent
+from cache.containers.container import Container
 from cache.containers.document import below, in_part, with_labelling, with_part
-from cache.encoding import decode_keys
+from cache.encoding import bytes_of, decode_keys
 from cache.errors import CacheDamaged, LabellingMismatch
 from cache.labelling import Labelling
-from cache.ledger import Error, Record, add_errors, read_record
-from cache.location import container_of, lock, open_container
+from cache.ledger import Error, read_record
+from cache.location import Location, Where
 from cache.manifest import Manifest
 from cache.planning import (
     Plan,
@@ -42,22 +37,11 @@ from cache.planning import (
     disk_explained,
     refuse_full_disk,
 )
+from cache.shards import OpenShard, check_arrays, check_errors, without_skipped
+from cache.stores.store import Lock, Write
 from cache.tables import check_tables, labelling_digest
 
 MOST_HISTORY = 256  # digests of labellings that a cache remembers
-
-
-@dataclass
-class _OpenShard:
-    """A shard that is being filled: where it goes, which slots are claimed, what they hash to."""
-
-    slots: range
-    places: dict[str, tuple[int, Extent]]  # stack: (fd, where the shard's first slot goes)
-    claimed: np.ndarray  # bool (slots,)
-    left: int
-    digests: dict[str, list[str]]
-    skipped: dict[int, str] = field(default_factory=dict)
-    errors: dict[str, list[Error]] = field(default_factory=dict)
 
 
 class Writer:
@@ -87,7 +71,7 @@ class Writer:
 
     def __init__(
         self,
-        location: str | Path,
+        location: Where,
         manifest: Manifest,
         labelling: Labelling,
         tables: Mapping[str, np.ndarray],
@@ -97,51 +81,50 @@ class Writer:
         workers: int = 1,
     ) -> None:
         _check_worker(worker, workers)
-        container_of(location)
-        path = Path(location).absolute()
+        self.location = Location.of(location)
         plan = Plan(manifest, labelling, tables)
-        with disk_explained(path):
-            lock_fd = create_or_lock(path, plan, overwrite=overwrite, shared=workers > 1)
-        self._open_locked(path, lock_fd, worker, workers, plan, overwrite)
+        with disk_explained(self.location):
+            lock = create_or_lock(self.location, plan, overwrite=overwrite, shared=workers > 1)
+        self._open_locked(lock, worker, workers, plan, overwrite)
 
     @classmethod
-    def resume(cls, location: str | Path, *, worker: int = 0, workers: int = 1) -> Self:
+    def resume(cls, location: Where, *, worker: int = 0, workers: int = 1) -> Self:
         """Go on with the cache at a location, whatever it is: fill what is pending, extend it,
         replace its labelling. Raises CacheNotFound, and what a reader raises, beside the above."""
         _check_worker(worker, workers)
-        path = open_container(location).path
         writer = cls.__new__(cls)
-        with disk_explained(path):
-            lock_fd = lock(path, shared=workers > 1)
-        writer._open_locked(path, lock_fd, worker, workers)
+        writer.location = Location.of(location)
+        writer.location.open()
+        with disk_explained(writer.location):
+            lock = writer.location.lock(shared=workers > 1)
+        writer._open_locked(lock, worker, workers)
         return writer
 
     def _open_locked(
         self,
-        path: Path,
-        lock_fd: int,
+        held: Lock,
         worker: int,
         workers: int,
         plan: Plan | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.location, self._lock_fd = path, lock_fd
+        self._held = held
         self._worker, self._workers = worker, workers
         self.bytes_written = 0
         self._lock = threading.Lock()
-        self._open: dict[int, _OpenShard] = {}
+        self._open: dict[int, OpenShard] = {}
         self._closed = False
         self._published = time.perf_counter()  # the last record, or the beginning
         try:
-            self._take(open_container(path))
+            self._take(self.location.open())
             if plan is not None:
-                plan.refuse_differences(path, self._container)
+                plan.refuse_differences(self._container)
                 self._settle_labelling(plan, overwrite)
-            with disk_explained(path):
+            with disk_explained(self.location):
                 self._container.sweep()
-            refuse_full_disk(path, self._left_bytes(), 0)
+            refuse_full_disk(self.location, self._left_bytes())
         except BaseException:
-            os.close(lock_fd)
+            held.release()
             raise
 
     def _take(self, container: Container) -> None:
@@ -203,7 +186,7 @@ class Writer:
         for name in ("source_sha256", *(f"lengths/{stack.name}" for stack in manifest.stacks)):
             if (name in self._container.document["tables"]) != (in_part(part, name) in stored):
                 raise ValueError(f"table {name!r}: expected it for all parts of the cache or none")
-        refuse_full_disk(self.location, self._left_bytes() + slots * manifest.slot_nbytes, 0)
+        refuse_full_disk(self.location, self._left_bytes() + slots * manifest.slot_nbytes)
         document = with_part(self._container.document, slots, stored)
         self._amend(document, stored)
         return range(self.manifest.part_starts[part], self.manifest.slots)
@@ -266,26 +249,25 @@ class Writer:
         """
         start = int(start)
         skipped = {int(slot): reason for slot, reason in (skipped or {}).items()}
-        count = self._check_arrays(arrays)
-        measured = self._check_errors(errors or {})
+        count = check_arrays(self.manifest, arrays)
+        measured = check_errors(self.manifest, errors or {})
         index, shard = self._claim(start, count, skipped)
-        local = start - shard.slots.start
         try:
             with disk_explained(self.location):
-                for name, values in arrays.items():
-                    self._write_stack(shard, name, local, _without(values, start, skipped))
+                written = shard.write(start, without_skipped(arrays, start, skipped))
         except BaseException:
             with self._lock:
-                shard.claimed[local : local + count] = False
+                shard.give_back(start, count)
             raise
         with self._lock:
-            shard.skipped.update(skipped)
-            for stack, error in measured.items():
-                shard.errors.setdefault(stack, []).append(error)
-            shard.left -= count
-            whole = shard.left == 0
+            self.bytes_written += written
+            whole = shard.note(count, skipped, measured)
         if whole:
-            self._publish(index, shard)
+            with disk_explained(self.location):
+                shard.publish(self._seconds_since_last())
+            with self._lock:
+                self._done.add(index)
+                self._open.pop(index).close()
 
     def replace(self, slot: int, arrays: Mapping[str, np.ndarray]) -> bool:
         """Write one damaged slot of a finished shard again, in its place; whether its bytes are
@@ -298,7 +280,7 @@ class Writer:
         Raises ValueError for a slot that is not in a finished shard; CacheDamaged where the shard's
         file cannot be written in place (`forget` its shard then); NoSpace, NotWritable.
         """
-        if (count := self._check_arrays(arrays)) != 1:
+        if (count := check_arrays(self.manifest, arrays)) != 1:
             raise ValueError(f"expected arrays of one slot, received {count}")
         shard = int(self.manifest.shards_of(np.array(slot)))
         if shard not in self._done:
@@ -308,17 +290,12 @@ class Writer:
             raise CacheDamaged(f"{self.location}: the record of shard {shard} is gone")
         place = slot - record.slots[0]
         digests = {stack: list(record.digests[stack]) for stack in arrays}
+        writes = {stack: self._writes(stack, shard, place, v[0]) for stack, v in arrays.items()}
         with disk_explained(self.location):
-            for stack, values in arrays.items():
-                there = self._container.slots(stack, shard)
-                with files.opened(there.path, os.O_WRONLY) as fd:
-                    for view, offset in enumerate(there.offsets[place].tolist()):
-                        if offset < 0:
-                            raise CacheDamaged(f"{there.path}: no room for slot {slot}", there.path)
-                        data = np.ascontiguousarray(values[0, view])
-                        files.write_all(fd, data.reshape(-1).view(np.uint8).data, offset)
-                    os.fsync(fd)
-                digests[stack][place] = _digest(np.ascontiguousarray(values[0]))
+            for stack, (name, pieces) in writes.items():
+                self._container.store.write_over(name, pieces)
+                whole = b"".join(piece for _, piece in pieces)
+                digests[stack][place] = xxhash.xxh3_128_hexdigest(whole)
             same = digests == {stack: list(record.digests[stack]) for stack in arrays}
             if not same or slot in record.skipped:
                 skipped = {s: why for s, why in record.skipped.items() if s != slot}
@@ -326,6 +303,19 @@ class Writer:
                 length = self._container.record_bytes(shard)
                 self._container.write_record(shard, changed.to_bytes(length))
         return same
+
+    def _writes(
+        self, stack: str, shard: int, place: int, views: np.ndarray
+    ) -> tuple[str, list[Write]]:
+        """Where a slot's views lie: an object, and what is to be written there."""
+        there = self._container.slots(stack, shard)
+        writes = []
+        for offset, view in zip(there.offsets[place].tolist(), views, strict=True):
+            if offset < 0:
+                where = self._container.store.where(there.name)
+                raise CacheDamaged(f"{where} has no room for place {place} of its shard", where)
+            writes.append((offset, bytes(bytes_of(view))))
+        return there.name, writes
 
     def forget(self, shards: Iterable[int]) -> None:
         """Drop the ledger records of shards, so that they are pending again."""
@@ -338,49 +328,17 @@ class Writer:
         if self._closed:
             return
         self._closed = True
-        for index, shard in list(self._open.items()):
-            self._release(index)
-            for stack, (_, extent) in shard.places.items():
-                self._container.discard(stack, index, extent)
+        for shard in self._open.values():
+            shard.close()
+        self._open.clear()
         with contextlib.suppress(OSError):  # what is left the next writer finds
             self._container.sweep()
-        os.close(self._lock_fd)
+        self._held.release()
 
     def _left_bytes(self) -> int:
         return sum(map(len, self.pending)) * self.manifest.slot_nbytes
 
-    def _check_arrays(self, arrays: Mapping[str, np.ndarray]) -> int:
-        """The number of slots, after checking names, shapes and dtypes."""
-        names = [stack.name for stack in self.manifest.stacks]
-        if sorted(arrays) != sorted(names):
-            raise ValueError(f"expected arrays for stacks {names}, received {sorted(arrays)}")
-        count = len(arrays[names[0]])
-        for stack in self.manifest.stacks:
-            expected = (count, self.manifest.views, *self.manifest.stored_shape(stack.name))
-            received = arrays[stack.name]
-            if received.shape != expected or received.dtype != self.manifest.dtype:
-                raise ValueError(
-                    f"stack {stack.name!r}: expected {self.manifest.dtype} {expected} "
-                    f"(slot, view, tap, token, stored width), "
-                    f"received {received.dtype} {received.shape}"
-                )
-        return count
-
-    def _check_errors(self, errors: Mapping[str, Error]) -> dict[str, Error]:
-        """The errors that are finite, after checking their names and lengths."""
-        finite = {}
-        for name, error in errors.items():
-            self.manifest.stack(name)
-            if len(error) != 3:
-                raise ValueError(
-                    f"error of stack {name!r}: expected three numbers (sum of squared errors, sum "
-                    f"of squared values, worst relative error of a token), received {error}"
-                )
-            if all(map(math.isfinite, error)):
-                finite[name] = float(error[0]), float(error[1]), float(error[2])
-        return finite
-
-    def _claim(self, start: int, count: int, skipped: Mapping[int, str]) -> tuple[int, _OpenShard]:
+    def _claim(self, start: int, count: int, skipped: Mapping[int, str]) -> tuple[int, OpenShard]:
         """Take slots for the calling thread; begins their shard with its first ones."""
         index = int(self.manifest.shards_of(np.array(start)))
         with self._lock:
@@ -399,106 +357,15 @@ class Writer:
             shard = self._open.get(index)
             if shard is None:
                 with disk_explained(self.location):
-                    shard = self._open[index] = self._begin(index, slots)
-            claimed = shard.claimed[start - slots.start : start - slots.start + count]
-            if claimed.any():
-                raise ValueError(f"slot {start + int(claimed.argmax())} was already written")
-            claimed[:] = True
+                    shard = self._open[index] = OpenShard.begin(self._container, index)
+            shard.claim(start, count)
             return index, shard
-
-    def _begin(self, index: int, slots: range) -> _OpenShard:
-        places: dict[str, tuple[int, Extent]] = {}
-        try:
-            for stack in self.manifest.stacks:
-                extent = self._container.begin(stack.name, index)
-                fd = os.open(extent.path, os.O_WRONLY)
-                places[stack.name] = fd, extent
-                files.try_lock(fd, shared=True)  # says that somebody lives who writes this file
-        except BaseException:
-            for fd, _ in places.values():
-                os.close(fd)
-            raise
-        digests = {stack.name: [""] * len(slots) for stack in self.manifest.stacks}
-        claimed = np.zeros(len(slots), bool)
-        return _OpenShard(slots, places, claimed, len(slots), digests)
-
-    def _write_stack(self, shard: _OpenShard, name: str, local: int, values: np.ndarray) -> None:
-        slots = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
-        for position, slot in enumerate(slots, local):
-            shard.digests[name][position] = xxhash.xxh3_128_hexdigest(slot.data)
-        fd, extent = shard.places[name]
-        files.write_all(fd, slots.reshape(-1).data, extent.offset + local * slots.shape[1])
-        with self._lock:
-            self.bytes_written += slots.nbytes
-
-    def _publish(self, index: int, shard: _OpenShard) -> None:
-        """Data to the disk first, then the record that vouches for them: for ours, or for those of
-        a writer who was faster, whose last bits may differ."""
-        with disk_explained(self.location):
-            for stack, (fd, extent) in shard.places.items():
-                if not self._container.seal(stack, index, fd, extent):
-                    self._vouch_for_theirs(stack, index, shard)
-            record = Record(
-                shard=index,
-                slots=(shard.slots.start, shard.slots.stop),
-                digests=shard.digests,
-                skipped=shard.skipped,
-                error={stack: add_errors(parts) for stack, parts in shard.errors.items()},
-                seconds=self._seconds_since_last(),
-            )
-            self._container.write_record(
-                index, record.to_bytes(self._container.record_bytes(index))
-            )
-        with self._lock:
-            self._done.add(index)
-            self._release(index)
-
-    def _vouch_for_theirs(self, stack: str, index: int, shard: _OpenShard) -> None:
-        """Take over the checksums of a faster writer's slots; what he skipped is skipped."""
-        nothing = xxhash.xxh3_128_hexdigest(bytes(self.manifest.stack_slot_nbytes(stack)))
-        theirs = self._digests_there(stack, index)
-        for slot, digest, ours in zip(shard.slots, theirs, shard.digests[stack], strict=True):
-            if digest == nothing != ours:
-                shard.skipped.setdefault(slot, "skipped by another writer of this shard")
-        shard.digests[stack] = theirs
-
-    def _digests_there(self, stack: str, index: int) -> list[str]:
-        """The checksums of a published shard's slots, as they are on the disk."""
-        there = self._container.slots(stack, index)
-        length = self.manifest.stack_slot_nbytes(stack) // self.manifest.views
-        digests = []
-        for views in there.offsets.tolist():
-            digest = xxhash.xxh3_128()
-            for offset in views:
-                stored = offset >= 0
-                digest.update(
-                    files.read_at(there.path, offset, length) if stored else bytes(length)
-                )
-            digests.append(digest.hexdigest())
-        return digests
 
     def _seconds_since_last(self) -> float:
         """Threads publish at the same time; their records' seconds add up to the wall time."""
         with self._lock:
             before, self._published = self._published, time.perf_counter()
             return self._published - before
-
-    def _release(self, index: int) -> None:
-        for fd, _ in self._open.pop(index).places.values():
-            os.close(fd)
-
-
-def _without(values: np.ndarray, start: int, skipped: Mapping[int, str]) -> np.ndarray:
-    if not skipped:
-        return values
-    values = values.copy()
-    values[[slot - start for slot in skipped]] = 0
-    return values
-
-
-def _digest(slot: np.ndarray) -> str:
-    """The ledger's checksum of one slot of a stack, (views, taps, tokens, stored width)."""
-    return xxhash.xxh3_128_hexdigest(slot.reshape(-1).view(np.uint8).data)
 
 
 def _check_worker(worker: int, workers: int) -> None:

@@ -7,13 +7,15 @@
     ├── SettingError   (ValueError)    a setting that cannot be
     ├── DeviceError    (RuntimeError)  a device that is not there
     ├── MissingTaps    (LookupError)   a method needs taps that the cache lacks
+    ├── MissingPackage (ImportError)   a package that only an extra installs is not there
     └── RunError       (ValueError)    a run directory that is not what was expected
 
 Each also subclasses the builtin that a caller expects. Every message says what was expected, what
 came, and what to do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class PipelineError(Exception):
@@ -44,8 +46,30 @@ class MissingTaps(PipelineError, LookupError):
     """A method needs taps that the cache lacks."""
 
 
+class MissingPackage(PipelineError, ImportError):
+    """A package that only an extra installs is not there; `name` is what Python calls it."""
+
+
 class RunError(PipelineError, ValueError):
     """A run directory is missing, unfinished, or another run's."""
+
+
+@contextmanager
+def needed_for(what: str, *, extra: str) -> Iterator[None]:
+    """Around the import of what `pip install sidecache` alone does not bring, but `extra` does.
+
+    Raises MissingPackage where it is not there. It stands at the imports themselves, so that
+    commands and callers of any function are told the same, and no list of packages is kept here.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        package = "pillow" if package == "PIL" else package
+        raise MissingPackage(
+            f"{what} needs {package}, which is not installed: pip install 'sidecache[{extra}]'",
+            name=error.name,
+        ) from error
 
 
 def gist(error: Exception) -> str:

@@ -6,15 +6,15 @@ The test split is read here and nowhere else. What was measured is appended to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 
 from cache import Reader
+from pipeline.config import EvaluateConfig
 from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
 from pipeline.features.labelled import feature_spec, labelled_rows
@@ -60,61 +60,54 @@ class Evaluated:
     total: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheChanged:
+    """Reported if the cache is not what the run was trained from: whether its `features` are
+    others, whether other things are asked of its rows (`labelling`)."""
+
+    features: bool
+    labelling: bool
+
+
 @without_tf32()
 def evaluate(
-    run: str | Path,
-    *,
-    split: Sequence[str] = ("test",),
-    members: Sequence[str] = (),
-    task: str | None = None,
-    cache: str | Path | None = None,
-    images: str | None = None,
-    data_dir: str | None = None,
-    input_key: str | None = None,
-    target_key: str | None = None,
-    weights: str | Path | None = None,
-    batch_size: int = 64,
-    workers: int = 2,
-    device: str = "auto",
-    amp: bool | None = None,
-    report: Callable[[Evaluated], None] = lambda _: None,
+    config: EvaluateConfig, report: Callable[[Evaluated | CacheChanged], None] = lambda _: None
 ) -> list[Evaluation]:
-    """Score `members` on `split`; none named: the best on validation, of each task or of `task`.
+    """Score members of a run on a split; by default the best on validation, of each task or of one.
 
     A run without validation (as a refit leaves it) has no best member: all are scored, "all" asks
-    for that anywhere. Reads `cache`, by default the one it was trained from, or, with `images`,
-    runs the backbone (whose `weights` file may be given); `data_dir`, `input_key` and `target_key`
-    are of `images`, as `extract` takes them. Raises RunError if run, member, backbone or classes do
-    not fit, and the errors of the cache, the source and the backbone.
+    for that anywhere. Reads the config's `cache`, by default the one it was trained from, or, with
+    `images`, runs the backbone. Raises RunError if run, member, backbone or classes do not fit, and
+    the errors of the cache, the source and the backbone.
     """
-    open_images = opener(images, data_dir=data_dir, input_key=input_key, target_key=target_key)
-    directory = Run(run)
-    chosen = pick_device(device)
-    trained = [directory.load_member(m, chosen) for m in _choose(directory, members, task)]
+    open_images = opener(
+        config.images,
+        data_dir=config.data_dir,
+        input_key=config.input_key,
+        target_key=config.target_key,
+    )
+    run, device = Run(config.run), pick_device(config.device)
+    trained = [run.load_member(id, device) for id in _choose(run, config)]
     if open_images is not None:
-        source = str(images)
-        scores = [
-            _live(member, open_images, split, weights, batch_size, workers, chosen, amp, report)
-            for member in trained
-        ]
+        source = str(config.images)
+        scores = [_live(member, open_images, config, device, report) for member in trained]
     else:
-        source = str(cache or directory.cache())
-        scores = _cached(trained, source, split, chosen, amp)
-    results = [
-        Evaluation(
-            run=str(run),
+        source = str(config.cache or run.cache())
+        scores = _cached(trained, source, config, device, run.environment(), report)
+    results = []
+    for member, found in zip(trained, scores, strict=True):
+        result = Evaluation(
+            run=config.run,
             member=member.id,
             task=member.task.name,
-            split=tuple(split),
-            live=images is not None,
+            split=config.split,
+            live=config.images is not None,
             scores=found.values,
             loss=found.loss,
             n=found.n,
         )
-        for member, found in zip(trained, scores, strict=True)
-    ]
-    for result in results:
-        directory.write_evaluation({**result.to_dict(), "source": source})
+        run.write_evaluation({**result.to_dict(), "source": source})
+        results.append(result)
     return results
 
 
@@ -132,51 +125,62 @@ def mean_and_deviation(
     return found
 
 
-def _choose(run: Run, members: Sequence[str], task: str | None) -> list[str]:
+def _choose(run: Run, config: EvaluateConfig) -> list[str]:
+    members, task = config.members, config.task
     rows = run.summary()
-    if tuple(members) == ("all",) or not (members or run.config().val_split):
+    if members == ("all",) or not (members or run.config().val_split):
         return [row["id"] for row in rows if task in (None, row["task"])]
-    return list(members) or [run.best_member(name) for name in ([task] if task else run.tasks())]
+    if members:
+        return list(members)
+    tasks = [task] if task else run.tasks()
+    return [member for name in tasks for member in run.best_members(name)]
 
 
 def _cached(
     trained: Sequence[TrainedMember],
     location: str,
-    split: Sequence[str],
+    config: EvaluateConfig,
     device: torch.device,
-    amp: bool | None,
+    noted: Mapping[str, Any],
+    report: Callable[[Evaluated | CacheChanged], None],
 ) -> list[Scores]:
     with Reader(location) as reader, Workers(len(trained), device) as workers:
+        changed = CacheChanged(
+            features=not reader.is_known_as(noted["fingerprint"]),
+            labelling=noted.get("labelling", reader.labelling_digest) != reader.labelling_digest,
+        )
+        if changed.features or changed.labelling:
+            report(changed)
         for member in trained:
             _check_fit(member, reader)
+            _refuse_learned_rows(member, reader, config.split)
         tasks = list(dict.fromkeys(member.task.name for member in trained))
-        rows = labelled_rows(reader, split, tasks)
+        rows = labelled_rows(reader, config.split, tasks)
         networks = [member.network for member in trained]
-        dtype = trained[0].precision if amp is None else pick_precision(device, amp)
+        dtype = trained[0].precision
+        if config.amp is not None:
+            dtype = pick_precision(device, config.amp)
         batches = Batches(reader, rows, networks, device=device, dtype=dtype)
-        entries = [(i, member.network, member.task) for i, member in enumerate(trained)]
+        entries = [(i, m.network, replace(m.task, fold=None)) for i, m in enumerate(trained)]
         return [scores for (scores,) in score(entries, batches, workers)]
 
 
 def _live(
     trained: TrainedMember,
     open_images: Callable[..., Source],
-    split: Sequence[str],
-    weights: str | Path | None,
-    batch_size: int,
-    workers: int,
+    config: EvaluateConfig,
     device: torch.device,
-    amp: bool | None,
     report: Callable[[Evaluated], None],
 ) -> Scores:
     from pipeline.backbones.behind import go_live  # stage two must not need it
 
     task = trained.task
-    source = open_images(splits=tuple(split), classes={task.name: task.classes})
-    live = go_live(trained, weights=weights, device=device, amp=amp)
+    source = open_images(splits=config.split, classes={task.name: task.classes})
+    live = go_live(trained, weights=config.weights, device=device, amp=config.amp)
     labels = torch.from_numpy(source.target(task.name).values).to(device)
     tally = task.tally(1, device)
-    for start, outputs, failures in live.batches(source, batch_size=batch_size, workers=workers):
+    batches = live.batches(source, batch_size=config.batch_size, workers=config.workers)
+    for start, outputs, failures in batches:
         if failures:
             raise ImageError(next(iter(failures.values())))
         stop = start + len(outputs)
@@ -185,22 +189,34 @@ def _live(
     return tally.scores()[0]
 
 
+def _refuse_learned_rows(trained: TrainedMember, reader: Reader, split: Sequence[str]) -> None:
+    """A member that learned by folds has seen the rows of the others."""
+    if trained.task.fold is None or not reader.labelling.folds:
+        return
+    if (reader.folds[reader.split_rows(*split)] >= 0).any():
+        raise RunError(
+            f"member {trained.id} learned by folds, and folds divide {' + '.join(split)}: it has "
+            f"seen most of it. Expected a split outside of the folds, such as test"
+        )
+
+
 def _check_fit(trained: TrainedMember, reader: Reader) -> None:
     """Another cache will do if it was made the same way, for the same target."""
     card, manifest, task = trained.card, reader.manifest, trained.task
-    if card["cache_fingerprint"] == reader.fingerprint:
-        return
-    learned = trained.network.spec.taps
-    found = feature_spec(reader, task.outputs).taps
     target = reader.target(task.name)
-    both = [tap for tap in learned if tap in found]
     pairs: dict[str, tuple[Any, Any]] = {
-        "backbone": (card["backbone"], manifest.identity["backbone"]),
-        "preprocessing": (card["preprocessing"], manifest.identity["preprocessing"]),
         "classes": (list(task.classes), list(target.classes)),
         "kind of target": (task.kind, target.kind),
-        "shapes": ([learned[tap] for tap in both], [found[tap] for tap in both]),
     }
+    if not reader.is_known_as(card["cache_fingerprint"]):
+        learned = trained.network.spec.taps
+        found = feature_spec(reader, task.outputs).taps
+        both = [tap for tap in learned if tap in found]
+        pairs |= {
+            "backbone": (card["backbone"], manifest.identity["backbone"]),
+            "preprocessing": (card["preprocessing"], manifest.identity["preprocessing"]),
+            "shapes": ([learned[tap] for tap in both], [found[tap] for tap in both]),
+        }
     differing = [name for name, (learned, came) in pairs.items() if learned != came]
     if differing:
         told = "\n  ".join(

@@ -159,7 +159,11 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
             legs = fill(job.writer, job.slots, how, report)
         seconds = time.perf_counter() - begin
         job.settle()
-    with Reader(config.out) as reader:
+    return _result(config.out, pending, seconds, legs)
+
+
+def _result(out: str, extracted: int, seconds: float, legs: dict[str, float]) -> ExtractResult:
+    with Reader(out) as reader:
         return ExtractResult(
             rows=reader.rows,
             bytes=reader.manifest.nbytes,
@@ -168,8 +172,8 @@ def extract(config: ExtractConfig, report: Report = lambda _: None) -> ExtractRe
             content=reader.content,
             labelling=reader.labelling_digest,
             seconds=seconds,
-            images_per_second=pending / seconds if pending else 0.0,
-            extracted_rows=pending,
+            images_per_second=extracted / seconds if extracted else 0.0,
+            extracted_rows=extracted,
             skipped={reader.keys[row]: why for row, why in reader.skipped.items()},
             legs=legs,
         )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from pipeline.backbones.behind import go_live
+from pipeline.config import PredictConfig
 from pipeline.device import pick_device
 from pipeline.runs.card import TrainedMember
 from pipeline.runs.run import Run
-from pipeline.sources.decode import REPAIR
 from pipeline.sources.folders import photos
-from pipeline.sources.source import FileSource, Row
+from pipeline.sources.source import REPAIR, FileSource, Row
 from pipeline.tasks import Answer
 
 
@@ -31,42 +30,32 @@ class Prediction(Answer):
 
 
 def predict(
-    run: str | Path,
-    paths: Sequence[str | Path],
-    *,
-    top_k: int = 5,
-    member: str | None = None,
-    task: str | None = None,
-    weights: str | Path | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: str = "auto",
-    amp: bool | None = None,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    config: PredictConfig, report: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Prediction]:
     """One `Prediction` a photograph, in order; folders are searched for images.
 
-    Predicts with `member`, or the best on validation (of `task`, which a run of several tasks
-    needs). A photograph with an `error` does not stop the others. Raises RunError,
+    Predicts with the member that is named, or the best on validation (of the task, which a run of
+    several needs). A photograph with an `error` does not stop the others. Raises RunError,
     SourceError (nothing to predict) and BackboneError.
     """
-    chosen, directory = pick_device(device), Run(run)
-    trained = directory.load_member(member or directory.best_member(task), chosen)
-    files = list(dict.fromkeys(str(path) for path in photos(paths)))
+    device, run = pick_device(config.device), Run(config.run)
+    trained = run.load_member(config.member or run.best_member(config.task), device)
+    files = list(dict.fromkeys(str(path) for path in photos(config.photos)))
     source = FileSource(
         rows=[Row(key=path, split="photos") for path in files],
         description="photographs",
         paths=files,
         advice=REPAIR,
     )
-    live = go_live(trained, weights=weights, device=chosen, amp=amp)
+    live = go_live(trained, weights=config.weights, device=device, amp=config.amp)
+    batches = live.batches(source, batch_size=config.batch_size, workers=config.workers)
     out: list[Prediction] = []
-    for start, outputs, failures in live.batches(source, batch_size=batch_size, workers=workers):
+    for start, outputs, failures in batches:
         for row, output in enumerate(outputs.cpu(), start):
             if row in failures:
                 out.append(Prediction(path=files[row], error=failures[row]))
             else:
-                out.append(_prediction(files[row], output, trained, top_k))
+                out.append(_prediction(files[row], output, trained, config.top_k))
         report(len(out), len(files))
     return out
 

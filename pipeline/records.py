@@ -8,6 +8,7 @@ that is not finite cannot be compared, written as JSON or drawn: it is None from
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EpochDone",
+    "FoldsResult",
     "Loading",
     "MemberResult",
     "MemberStopped",
@@ -30,6 +32,7 @@ __all__ = [
     "TrialDone",
     "Winner",
     "finite",
+    "over_folds",
     "rank",
     "without_seed",
 ]
@@ -145,6 +148,44 @@ class MemberResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoldsResult:
+    """One setting over its folds: the `members` that held out one each, the score that ranks and
+    its standard deviation (None where a member has none)."""
+
+    method: str
+    settings: dict[str, Any]
+    metric: str
+    members: list[str]
+    mean: float | None
+    deviation: float | None
+
+
+def over_folds(members: Sequence[MemberResult]) -> list[FoldsResult]:
+    """The settings of members that held out folds, best first; [] where none did."""
+    settings: dict[str, list[MemberResult]] = {}
+    for member in members:
+        if "fold" in member.settings:
+            alike = {**member.settings, "fold": None}
+            settings.setdefault(repr((member.method, alike)), []).append(member)
+    found = []
+    for same in settings.values():
+        scores = [member.score for member in same]
+        known = [score for score in scores if score is not None]
+        whole = len(known) == len(scores)
+        found.append(
+            FoldsResult(
+                method=same[0].method,
+                settings={k: v for k, v in same[0].settings.items() if k != "fold"},
+                metric=same[0].metric,
+                members=[member.id for member in same],
+                mean=mean(known) if whole else None,
+                deviation=(stdev(known) if len(known) > 1 else 0.0) if whole else None,
+            )
+        )
+    return sorted(found, key=lambda one: rank(one.mean, None, stopped=False))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """What `train` did; nothing in no time if the run was already finished.
 
@@ -163,7 +204,8 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Winner:
-    """The setting of one task that validation likes best: its score with each of `seeds`."""
+    """The setting of one task that validation likes best: its score with each of `seeds`, and for
+    each fold."""
 
     task: str
     member: Member
@@ -172,7 +214,7 @@ class Winner:
 
     @property
     def score(self) -> float:
-        """Mean over the seeds."""
+        """Mean over the seeds, and the folds if there were."""
         return mean(self.scores)
 
     @property

@@ -22,8 +22,8 @@ from pipeline.device import pick_device, without_tf32
 from pipeline.errors import ImageError, SettingError, SourceError, some
 from pipeline.features.filling import Filling, Slots, fill
 from pipeline.features.writing import TokenBuffer, layout_of
-from pipeline.sources.decode import REPAIR
 from pipeline.sources.open import open_source
+from pipeline.sources.source import REPAIR
 
 USUAL_BATCH = 64  # of caches that do not say with which they were begun
 

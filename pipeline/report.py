@@ -16,12 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from cache import CacheError
-from pipeline.config import Member, PassConfig, TrainConfig
+from pipeline.config import Member, PassConfig, ReportConfig, TrainConfig
 from pipeline.device import pick_device
-from pipeline.errors import PipelineError, RunError
+from pipeline.errors import PipelineError, RunError, needed_for
 from pipeline.pages.leaderboard import (
     Loaded,
     Trained,
@@ -42,6 +40,10 @@ from pipeline.sources.open import opener
 from pipeline.sources.source import Source
 from pipeline.tasks import KINDS
 
+with needed_for("a report", extra="report"):
+    import jinja2
+    import PIL  # noqa: F401  for thumbnails: told before anything is computed
+
 PAGES = Path(__file__).parent / "pages"
 
 
@@ -55,48 +57,40 @@ class Written:
     left_out: list[str]
 
 
-def report(
-    runs: Sequence[str | Path],
-    *,
-    out: str | Path | None = None,
-    member: str | None = None,
-    images: str | None = None,
-    data_dir: str | None = None,
-    input_key: str | None = None,
-    target_key: str | None = None,
-    device: str = "auto",
-    amp: bool | None = None,
-) -> Written:
-    """Write a page about finished `runs`; by default to RUN/report.html, or, if they are several,
-    to report.html here.
+def report(config: ReportConfig) -> Written:
+    """Write a page about finished runs; by default to RUN/report.html, or, if they are several, to
+    report.html here.
 
-    `member` is looked at closely, by default the best of each task on validation; with `images`
-    (and their `data_dir`, `input_key`, `target_key`, as `extract` takes them) its mistakes are
-    shown. A cache that is gone, or images that are not those of the cache, are left out and named
-    in the result. Raises RunError if a run is not finished or has no such member, SourceError if
-    `images` cannot be opened.
+    A member is looked at closely, by default the best of each task on validation; with `images` its
+    mistakes are shown. A cache that is gone, or images that are not those of the cache, are left
+    out and named in the result. Raises RunError if a run is not finished or has no such member,
+    SourceError if the images cannot be opened.
     """
-    pick_device(device)
-    open_images = opener(images, data_dir=data_dir, input_key=input_key, target_key=target_key)
+    pick_device(config.device)
+    open_images = opener(
+        config.images,
+        data_dir=config.data_dir,
+        input_key=config.input_key,
+        target_key=config.target_key,
+    )
     left_out: list[str] = []
     with ExitStack() as opened:
         loaded = [
             load(Path(path), number, opened, left_out)
-            for number, path in enumerate(dict.fromkeys(map(str, runs)))
+            for number, path in enumerate(dict.fromkeys(config.runs))
         ]
         groups = comparable(loaded)
         boards = [board(number, group, loaded) for number, group in enumerate(groups)]
         pairs = list(zip(boards, groups, strict=True))
         details = [
-            _detail(chosen, loaded[chosen.run], open_images, device, amp, left_out)
+            _detail(chosen, loaded[chosen.run], open_images, config, left_out)
             | {"board": next(made["id"] for made, group in pairs if chosen in group)}
-            for chosen in _chosen(loaded, member)
+            for chosen in _chosen(loaded, config.member)
         ]
     for made, group in pairs:
         for line, one in zip(made["members"], group, strict=True):
             line["command"] = _in_parts(command_of(one.config, one.member))
-    default = Path(loaded[0].run.path) / PAGE if len(loaded) == 1 else Path(PAGE)
-    target = Path(out or default)
+    target = Path(config.out or (loaded[0].run.path / PAGE if len(loaded) == 1 else PAGE))
     page = _render(loaded, boards, details, left_out)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_text(target, page)
@@ -148,8 +142,7 @@ def _detail(
     chosen: Trained,
     one: Loaded,
     open_images: Callable[..., Source] | None,
-    device: str,
-    amp: bool | None,
+    config: ReportConfig,
     left_out: list[str],
 ) -> dict[str, Any]:
     """A close look at one member, `found` None if there is nothing to look at."""
@@ -160,7 +153,7 @@ def _detail(
         return detail | {"why": "Nothing was validated."}
     try:
         trained = one.run.load_member(chosen.id, pick_device("cpu"))
-        found = examine(trained, one.config, one.reader, device, amp)
+        found = examine(trained, one.config, one.reader, config.device, config.amp)
     except (CacheError, PipelineError) as error:
         left_out.append(f"{one.run.path}: no look at predictions: {error}")
         return detail | {"why": f"Left out: {error}."}

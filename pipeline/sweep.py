@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from cache import Reader
-from pipeline.config import Member, SweepConfig
+from pipeline.config import Member, Question, SweepConfig
 from pipeline.device import pick_device, pick_precision, precision_name
 from pipeline.errors import SettingError
 from pipeline.features.labelled import feature_spec, initial_weights, labelled_rows
@@ -78,7 +78,7 @@ class _Probe:
 
     def __init__(self, reader: Reader, task: str, taps: str) -> None:
         self.task = task_of(reader.target(task or None))
-        self.tasks = {task: self.task}  # by the name that members have, which may be ""
+        self.tasks = {Question(task): self.task}  # by the name that members have, which may be ""
         self.spec = feature_spec(reader, self.task.outputs, taps)
         self.initial = initial_weights(reader)
 
@@ -99,6 +99,8 @@ def _begin(
     elif not there:
         refuse_other_files(run.path, other_names(run.path, ()), "sweep", "sweep")
     goes_on = there and not config.overwrite
+    if goes_on and reader.is_known_as(there["fingerprint"]):  # perhaps by an earlier name
+        there["fingerprint"] = reader.fingerprint
     amp = there["precision"] == "bfloat16" if goes_on and config.amp is None else config.amp
     precision = pick_precision(device, amp)
     asked = {

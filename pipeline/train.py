@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cache import Reader
-from pipeline.config import Member, TrainConfig
+from pipeline.config import Member, Question, TrainConfig
 from pipeline.device import (
     memory_explained,
     name_of,
@@ -28,6 +28,7 @@ from pipeline.device import (
 from pipeline.features.labelled import (
     LabelledRows,
     feature_spec,
+    folded_rows,
     initial_weights,
     labelled_rows,
 )
@@ -37,7 +38,7 @@ from pipeline.runs.run import Run, environment
 from pipeline.search.winners import refit_config, winners
 from pipeline.setting import varying
 from pipeline.side.contract import SideNetwork
-from pipeline.tasks import task_of
+from pipeline.tasks import Task, task_of
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.cost import Cost
 from pipeline.training.history import History, summary_row
@@ -135,22 +136,31 @@ def _learners(
     config: TrainConfig, reader: Reader, device: torch.device, dtype: torch.dtype
 ) -> tuple[Learners, int]:
     """The members with their batches; the number of rows left out, for lack of any label."""
-    names = list(dict.fromkeys(member.task for member in config.members))
-    train_rows = labelled_rows(reader, config.train_split, names)
-    val_rows = labelled_rows(reader, config.val_split, names)
+    questions = list(dict.fromkeys(member.question for member in config.members))
+    if any(question.fold is not None for question in questions):
+        train_rows, val_rows = folded_rows(reader, questions)
+    else:
+        names = [question.task for question in questions]
+        train_rows = labelled_rows(reader, config.train_split, names)
+        val_rows = labelled_rows(reader, config.val_split, names)
 
     def batches(rows: LabelledRows, networks: Sequence[SideNetwork]) -> Batches:
         return Batches(reader, rows, networks, device=device, dtype=dtype)
 
     learners = assemble(
         config,
-        {name: task_of(reader.target(name)).fitted(train_rows.labels[name]) for name in names},
+        {question: _task(reader, question, train_rows) for question in questions},
         feature_spec(reader, 1, config.taps),
         initial_weights(reader),
         device,
         lambda networks: (batches(train_rows, networks), batches(val_rows, networks)),
     )
     return learners, train_rows.left_out + val_rows.left_out
+
+
+def _task(reader: Reader, question: Question, train: LabelledRows) -> Task:
+    task = task_of(reader.target(question.task)).fitted(train.labels[question])
+    return replace(task, fold=question.fold)
 
 
 def _start(learners: Learners, history: History, **known: Any) -> Callable[..., PassStarted]:
@@ -179,6 +189,7 @@ def _facts(reader: Reader, device: torch.device, dtype: torch.dtype) -> dict[str
     return {
         **environment(),
         "fingerprint": reader.fingerprint,
+        **({"formerly": reader.manifest.formerly} if reader.manifest.formerly else {}),
         "labelling": reader.labelling_digest,
         "device": name_of(device),
         "precision": precision_name(dtype),

@@ -6,7 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-STEPS = ("pwrite", "ftruncate", "rename", "replace", "link", "unlink", "mkdir")
+STEPS = ("pwrite", "ftruncate", "rename", "replace", "link", "unlink", "mkdir", "rmdir", "open")
+CREATES = os.O_CREAT | os.O_TRUNC
 
 
 def kill_at(step: int) -> None:
@@ -15,7 +16,7 @@ def kill_at(step: int) -> None:
 
     def counted(name: str, call: Callable) -> Callable:
         def wrapper(*args: object, **options: object) -> object:
-            if next(count) == step:
+            if (name != "open" or args[1] & CREATES) and next(count) == step:
                 if name == "pwrite":
                     fd, data, offset = args
                     call(fd, data[: len(data) // 2], offset)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import sidecache
-from pipeline.errors import MissingTaps, SettingError
+from pipeline.errors import MissingPackage, MissingTaps, SettingError
 
 
 def test_exported_names_are_these() -> None:
@@ -34,6 +34,16 @@ def test_importing_it_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "timm", "zarr", "h5py", "numpy", "optuna", "jinja2", "click", "rich", "yaml"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library as by the commands; it stays the error that a failing import is."""
+    for name in ("pipeline.sweep", "pipeline.search.proposals"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(MissingPackage, match=r"pip install 'sidecache\[sweep\]'") as caught:
+        sidecache.sweep("c.zarr", space={"method": "linear"}, out="run")
+    assert isinstance(caught.value, ImportError) and caught.value.name == "optuna"
 
 
 def test_its_examples_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,20 @@ circle; the files of `pipeline/` itself are the commands and, at the bottom, its
 from __future__ import annotations
 
 import ast
+import configparser
 import graphlib
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from conftest import train_config
+
+from cache import Reader
+from pipeline.train import train
 
 ROOT = Path(__file__).parent.parent
 FOUNDATIONS = [
@@ -43,6 +50,10 @@ ROOMS = [
     "cache",
 ]
 ONLY_IN = {  # package → the files, or rooms, that may import it
+    "PIL": {
+        *("pipeline.backbones.timm_models", "pipeline.demo.shapes", "pipeline.features.filling"),
+        *("pipeline.report", "pipeline.sources"),
+    },
     "timm": {"pipeline.backbones.timm_models", "pipeline.sources.timm_sets"},
     "torchvision": {"pipeline.sources.timm_sets"},
     "zarr": {"cache.containers.zarr"},
@@ -60,6 +71,11 @@ READERS_OF_CACHE = {  # rooms
 }
 SEEN_BY_SIDE = ("pipeline.side", "pipeline.setting")
 PLAIN_FILES = {"pipeline.runs.folder": "cache.files"}  # it knows no cache, nor does who imports it
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "google_crc32c": "google-crc32c", "yaml": "pyyaml"}
+EXTRAS = "timm torchvision PIL optuna jinja2"
+IF_THERE = {"matplotlib"}  # draws the demo's curves; whoever lacks it is told
 
 
 def name_of(path: Path) -> str:
@@ -177,16 +193,148 @@ def test_importing_cache_or_cli_loads_nothing_heavy() -> None:
     assert not loaded_by("import cli") & {"torch", "timm", "zarr", "h5py", "rich", "numpy"}
 
 
-def test_stage_two_never_loads_timm(zarr_cache: Path, tmp_path: Path) -> None:
-    """train and evaluate run where `import timm` and `import torchvision` fail."""
-    block = "sys.modules.update(timm=None, torchvision=None)\nimport cli\n"
-    for arguments in (
-        f"train {zarr_cache} --method last --epochs 2 --warmup-epochs 0 --out {tmp_path}/run",
-        f"evaluate {tmp_path}/run",
-    ):
-        loaded = loaded_by(f"{block}cli.main({arguments.split()!r}, standalone_mode=False)")
-        assert "torch" in loaded
+@pytest.fixture(scope="module")
+def trained(zarr_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    train(train_config(zarr_cache, out))
+    return out
+
+
+def without(packages: str, *commands: str) -> tuple[list[str], list[str], set[str]]:
+    """Run commands where the packages cannot be imported: exit codes, lines of stderr, and the
+    top-level packages that are loaded in the end."""
+    code = f"""import sys
+sys.modules.update(dict.fromkeys({packages.split()}))
+import cli
+codes = []
+for command in {commands}:
+    try:
+        cli.main(command.split())
+    except SystemExit as ended:
+        codes.append(ended.code)
+print()
+print(*codes)
+print(*{{name.partition(".")[0] for name, module in sys.modules.items() if module}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *_, codes, loaded = done.stdout.splitlines()
+    return codes.split(), done.stderr.splitlines(), set(loaded.split())
+
+
+def test_stage_two_needs_no_extra(zarr_cache: Path, tmp_path: Path) -> None:
+    """What `pip install sidecache` promises: caches are read, copied, labelled, trained from."""
+    with Reader(zarr_cache) as reader:
+        lines = [f"{key},{key.split('/')[1]}" for key in reader.keys]
+    (tmp_path / "list.csv").write_text("\n".join(["key,label", *lines]) + "\n")
+    quick = "--epochs 2 --warmup-epochs 0 --device cpu"
+    codes, _, loaded = without(
+        EXTRAS,
+        "--help",
+        f"inspect {zarr_cache}",
+        f"verify {zarr_cache}",
+        f"copy {zarr_cache} {tmp_path}/c.h5 --taps last:2",
+        f"label {tmp_path}/c.h5 {tmp_path}/list.csv",
+        f"label {tmp_path}/c.h5 --folds 2 --stratify",
+        f"train {zarr_cache} --method last --refit 0,1 {quick} --out {tmp_path}/run",
+        f"evaluate {tmp_path}/run --device cpu",
+    )
+    assert codes == ["0"] * 8
+    assert "torch" in loaded
     assert (tmp_path / "run" / "evaluations.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("packages", "expected"),
+    [
+        (
+            EXTRAS,
+            {
+                "extract {images} --model test_vit --out {out}.h5": "a backbone needs timm",
+                "predict {run} {images}": "a backbone needs timm",
+                "evaluate {run} {images} --device cpu": "a backbone needs timm",
+                "verify {cache} --repair {images}": "a backbone needs timm",
+                "models": "a backbone needs timm",
+                "demo --out {out}": "a backbone needs timm",
+                "label {cache} {images}": "reading images needs pillow",
+                "label {cache} torch/image_folder": "a timm data set needs pillow",
+                "sweep {cache} --space {cache}/zarr.json --out {out}": "a sweep needs optuna",
+                "report {run}": "a report needs jinja2",
+            },
+        ),
+        (
+            "torchvision PIL",
+            {
+                "models": "a backbone needs torchvision",
+                "report {run}": "a report needs pillow",
+            },
+        ),
+    ],
+    ids=["all extras", "what they bring along"],
+)
+def test_what_is_missing_is_named_with_the_command_that_adds_it(
+    packages: str,
+    expected: dict[str, str],
+    zarr_cache: Path,
+    images: Path,
+    trained: Path,
+    tmp_path: Path,
+) -> None:
+    places = {"images": images, "cache": zarr_cache, "run": trained, "out": tmp_path / "out"}
+    codes, told, _ = without(packages, *(command.format(**places) for command in expected))
+    extras = [c.split()[0] if c.startswith(("sweep", "report")) else "extract" for c in expected]
+    assert told == [
+        f"sidecache: {needs}, which is not installed: pip install 'sidecache[{extra}]'"
+        for needs, extra in zip(expected.values(), extras, strict=True)
+    ]
+    assert codes == ["1"] * len(expected)
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def needs(node: ast.AST, extra: str = "") -> Iterator[tuple[str, str]]:
+    """The extra, "" for none, and the distribution of each import of another's package."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.With) and ast.unparse(node).startswith("with needed_for("):
+        call = node.items[0].context_expr
+        extra = next(
+            ast.literal_eval(k.value) for k in ast.walk(call) if isinstance(k, ast.keyword)
+        )
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        for package in {imported.partition(".")[0] for imported in imports(ast.unparse(node))}:
+            if package not in {*sys.stdlib_module_names, *IF_THERE, "cache", "cli", "pipeline"}:
+                yield extra, DISTRIBUTIONS.get(package, package)
+    for child in ast.iter_child_nodes(node):
+        yield from needs(child, extra)
+
+
+def needed(modules: Mapping[str, str]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for text in modules.values():
+        for extra, distribution in needs(ast.parse(text)):
+            found[extra].add(distribution)
+    return dict(found)
+
+
+def test_each_installation_brings_what_is_imported_and_nothing_else() -> None:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    extras = parser["options.extras_require"]
+    found = needed(sources())
+    listed = {
+        "": parser["options"]["install_requires"],
+        **{name: extras[name] for name in found if name},
+    }
+    assert found == {
+        name: {re.split("[>=]", line)[0] for line in lines.split()}
+        for name, lines in listed.items()
+    }
+    every = re.fullmatch(r"sidecache\[(.+)\]", extras["all"].strip())
+    assert every and {"", *every[1].split(",")} == found.keys()
+    assert "sidecache[all]" in extras["dev"].split()
+    planted = {
+        "pipeline.train": "import scipy\nwith needed_for('x', extra='sweep'):\n    import ray"
+    }
+    assert needed(planted) == {"": {"scipy"}, "sweep": {"ray"}}
 
 
 def json_texts(text: str) -> list[ast.Call]:

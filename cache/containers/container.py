@@ -1,11 +1,11 @@
 """The seam between the format's two containers and everything else.
 
-A cache is not compressed, so every slot is a fixed run of bytes at a computable place in some file.
-A container lays the files out and answers where the bytes lie; it moves none of the bulk itself.
-Reading, writing, checksums and order of publication are shared code on plain file descriptors.
+A cache is not compressed, so every slot is a fixed run of bytes at a computable place in some
+object of the store. A container lays the objects out and answers where the bytes lie; it moves none
+of the bulk itself. Reading, writing, checksums and order of publication are shared code.
 
-A container object holds plain data only (paths, offsets, the document): no open file, no lock, no
-handle of zarr or h5py. It may be pickled, forked and used by threads.
+A container holds plain data only (names, offsets, the document): no lock, no handle of zarr or
+h5py. It may be pickled, forked and used by threads.
 
 A slot of a stack is `(view, tap, token, stored width)` in C order. All offsets and lengths are
 bytes.
@@ -14,21 +14,20 @@ bytes.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from cache import files
 from cache.containers.document import manifest_of, read_document
 from cache.labelling import Labelling
+from cache.stores.store import Draft, Store
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where bytes begin: a file and an offset in it."""
+    """Where bytes begin: an object's name and an offset in it."""
 
-    path: Path
+    name: str
     offset: int
 
 
@@ -40,19 +39,19 @@ class ShardExtents:
     slot and view; -1 where nothing is stored and the values are zeros.
     """
 
-    path: Path
+    name: str
     offsets: np.ndarray
 
 
 class Container(ABC):
-    """One cache on the disk. `document` is in the words of today's version, `format_version` that
-    in which it was written."""
+    """One cache in a store, `name` there. `document` is in the words of today's version,
+    `format_version` that in which it was written; `where` is what people call the place."""
 
     suffix: ClassVar[str]
 
-    def __init__(self, path: Path, document: dict[str, Any]) -> None:
-        self.path = path
-        self.document = read_document(path, document)
+    def __init__(self, store: Store, name: str, document: dict[str, Any]) -> None:
+        self.store, self.name, self.where = store, name, store.where(name)
+        self.document = read_document(self.where, document)
         self.format_version: int = document["format_version"]
         self.manifest = manifest_of(self.document)
         self.labelling = Labelling.from_dict(self.document["labelling"])
@@ -60,13 +59,20 @@ class Container(ABC):
 
     @classmethod
     @abstractmethod
-    def create(cls, path: Path, document: dict[str, Any], tables: Mapping[str, np.ndarray]) -> None:
-        """Lay out an empty cache at `path` and make it durable; nobody else looks there yet."""
+    def create(
+        cls, store: Store, name: str, document: dict[str, Any], tables: Mapping[str, np.ndarray]
+    ) -> None:
+        """Lay out an empty cache; what makes it one comes last. Raises FileExistsError."""
 
     @classmethod
     @abstractmethod
-    def open(cls, path: Path) -> Self:
-        """Read the layout of the cache at `path`. Raises CacheDamaged, FormatVersionError."""
+    def open(cls, store: Store, name: str) -> Self:
+        """Read the layout of the cache. Raises CacheDamaged, FormatVersionError."""
+
+    @classmethod
+    @abstractmethod
+    def was_one(cls, store: Store, name: str) -> bool:
+        """Whether what cannot be opened looks like a cache that was damaged."""
 
     @abstractmethod
     def amend(self, document: dict[str, Any], tables: Mapping[str, np.ndarray]) -> Self:
@@ -88,13 +94,13 @@ class Container(ABC):
 
     @abstractmethod
     def record_place(self, shard: int) -> Extent:
-        """Where the `record_bytes` of a ledger record lie; its file may be absent until then."""
+        """Where the `record_bytes` of a ledger record lie; the object may be absent until then."""
 
     def record(self, shard: int) -> bytes | None:
         """The bytes of a ledger record; None, or zeros, when the shard is not done."""
         place = self.record_place(shard)
         try:
-            return files.read_at(place.path, place.offset, self.record_bytes(shard))
+            return self.store.read(place.name, place.offset, self.record_bytes(shard))
         except FileNotFoundError:
             return None
 
@@ -104,20 +110,16 @@ class Container(ABC):
 
     @abstractmethod
     def slots(self, stack: str, shard: int) -> ShardExtents:
-        """Where a finished shard lies. Raises CacheDamaged when its file is missing or short."""
+        """Where a finished shard lies. Raises CacheDamaged when its object is missing or short."""
 
     @abstractmethod
-    def begin(self, stack: str, shard: int) -> Extent:
-        """Make room for a shard; its slots then follow each other from the extent on."""
+    def begin(self, stack: str, shard: int) -> Draft:
+        """Make room for a shard; its slots follow each other from the draft's beginning."""
 
     @abstractmethod
-    def seal(self, stack: str, shard: int, fd: int, extent: Extent) -> bool:
-        """Make a shard durable and visible, all its slots being written to `fd`, which is open at
-        the `extent` that `begin` gave. False if another writer's is there: that one stays."""
-
-    @abstractmethod
-    def discard(self, stack: str, shard: int, extent: Extent) -> None:
-        """Give up a shard that was begun and not sealed."""
+    def seal(self, stack: str, shard: int, draft: Draft) -> bool:
+        """Make a shard durable and visible, all its slots being written to the draft. False if
+        another writer's is there: that one stays."""
 
     @abstractmethod
     def forget(self, shard: int) -> None:

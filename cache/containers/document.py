@@ -8,7 +8,6 @@ first writes new arrays under new names, then the document that speaks of them.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,13 +138,13 @@ def checked(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "check": _check(document)}
 
 
-def read_document(path: Path, document: Any) -> dict[str, Any]:
+def read_document(where: str, document: Any) -> dict[str, Any]:
     """The document as this version writes it, whichever of READABLE it was written in.
 
-    Raises CacheDamaged naming the file, FormatVersionError.
+    Raises CacheDamaged naming the place, FormatVersionError.
     """
     if not isinstance(document, dict) or "format_version" not in document:
-        raise CacheDamaged(f"{path} holds no sidecache manifest: not a cache, or damaged")
+        raise CacheDamaged(f"{where} holds no sidecache manifest: not a cache, or damaged")
     version = document["format_version"]
     if version not in READABLE:
         raise FormatVersionError(
@@ -153,7 +152,7 @@ def read_document(path: Path, document: Any) -> dict[str, Any]:
             f"{', '.join(map(str, READABLE))}: use the sidecache that wrote it, or extract again"
         )
     if document.get("check") != _check(document):
-        raise CacheDamaged(f"{path}: the manifest does not match its own checksum")
+        raise CacheDamaged(f"{where}: the manifest does not match its own checksum")
     return document if version == FORMAT_VERSION else _from_version_1(document)
 
 

@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-Write = tuple[int, bytes]  # where, what
+from cache.stores.store import Write
 
 
 class Overlay(io.RawIOBase):
@@ -63,9 +63,10 @@ class Overlay(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Keep the bytes."""
         kept = bytes(memoryview(data).cast("B"))
-        self.writes.append((self._at, kept))
-        self._at += len(kept)
-        self.size = max(self.size, self._at)
+        if kept:
+            self.writes.append((self._at, kept))
+            self._at += len(kept)
+            self.size = max(self.size, self._at)
         return len(kept)
 
     def truncate(self, size: int | None = None) -> int:

@@ -17,21 +17,24 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from pipeline.backbones.blocks import describe
 from pipeline.backbones.contract import Backbone, FinalNorm, Sink
 from pipeline.backbones.hooks import BlockHooks
 from pipeline.backbones.weights import read_weights, weights_sha256
-from pipeline.errors import BackboneError, SettingError, gist
+from pipeline.errors import BackboneError, SettingError, gist, needed_for
 from pipeline.side.contract import TokenShape
 from pipeline.side.tap import tap_depths
 from pipeline.sources.batches import ImageBatch, Images, image_batches
 
+with needed_for("a backbone", extra="extract"):
+    import timm
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+HUB = "hf-hub:"  # timm's word for a repository of the hub that holds a model for it
 STAGED = ("swin_transformer", "swin_transformer_v2", "convnext", "resnet")  # timm's modules
 
 
@@ -198,13 +201,14 @@ def load_backbone(
 ) -> TimmBackbone:
     """Build a timm model, load its weights strictly, freeze it.
 
-    `weights` is a file (safetensors, pth, npz) used instead of the hub; `pretrained=False` draws
-    weights from `seed`. `preprocessing` overrides fields of the model's own `ImagePreprocessing`,
-    in values as they are or as JSON has them (None is ignored). Raises BackboneError (unknown name,
-    weights that do not fit, hub out of reach) and SettingError (a preprocessing value that cannot
-    be).
+    `name` is timm's, with a tag or without, or `hf-hub:` and a repository of the hub. `weights` is
+    a file (safetensors, pth, npz) used instead of the hub; `pretrained=False` draws weights from
+    `seed`. `preprocessing` overrides fields of the model's own `ImagePreprocessing`, in values as
+    they are or as JSON has them (None is ignored). Raises BackboneError (unknown name, weights that
+    do not fit, hub out of reach) and SettingError (a preprocessing value that cannot be).
     """
-    if not timm.is_model(name):
+    of_hub = name.startswith(HUB)
+    if not of_hub and not timm.is_model(name):
         raise BackboneError(_unknown_model(name))
     overrides: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value  # as JSON returns them
@@ -222,7 +226,8 @@ def load_backbone(
     how = _preprocessing(model, overrides)
     model.reset_classifier(0)  # type: ignore[operator]
     tag = getattr(model, "pretrained_cfg", {}).get("tag") or ""
-    full = name if "." in name or weights is not None or not pretrained else f"{name}.{tag}"
+    whole = of_hub or "." in name or weights is not None or not pretrained
+    full = name if whole else f"{name}.{tag}"
     return TimmBackbone(
         model,
         name=full.removesuffix("."),

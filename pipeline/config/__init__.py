@@ -8,6 +8,7 @@ from pipeline.config.caches import CopyConfig, ExtractConfig, LabelConfig, Verif
 from pipeline.config.passes import (
     Member,
     PassConfig,
+    Question,
     SweepConfig,
     TrainConfig,
     cross,
@@ -23,6 +24,7 @@ __all__ = [
     "Member",
     "PassConfig",
     "PredictConfig",
+    "Question",
     "ReportConfig",
     "SweepConfig",
     "TrainConfig",

@@ -18,7 +18,9 @@ class ExtractConfig:
     value. Raises SettingError when it is made with an impossible value."""
 
     images: str = setting(argument=True)
-    model: str = setting(help="timm's name of a backbone (`sidecache models`).")
+    model: str = setting(
+        help="timm's name of a backbone (`sidecache models`), or hf-hub:OWNER/NAME."
+    )
     out: str = setting(help="The cache: a folder F.zarr or a file F.h5.")
     weights: str | None = setting(None, path="any", help="Weights from a file, not the hub.")
     pretrained: bool = setting(True, help="Random weights, from --seed.")

@@ -7,11 +7,18 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pipeline.config.shared as shared
 from pipeline.config.shared import require, require_choices
 from pipeline.setting import setting
+
+
+class Question(NamedTuple):
+    """What a member learns: a target by name, and which fold of the rows it never sees."""
+
+    task: str
+    fold: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +27,8 @@ class Member:
 
     `epochs` includes `warmup_epochs`, by default 3 or what `fitting_warmup` leaves of them.
     `settings` are the method's own (rank, gap, pool, …). `task` names a target of the cache; "" is
-    its first.
+    its first. With a `fold` of the cache's, its rows are held out and those of the others learned
+    from, whatever their splits.
     """
 
     method: str
@@ -35,6 +43,7 @@ class Member:
     smoothing: float = setting(0.0, help="Label smoothing.")
     seed: int = setting(0, help="Initialisation and drop-path.")
     task: str = setting("", help="Targets to learn.", unset="the cache's first")
+    fold: int | None = setting(None, help="Folds (`label --folds`) to hold out, each in turn.")
 
     def __post_init__(self) -> None:
         if self.warmup_epochs is None:
@@ -52,11 +61,20 @@ class Member:
         require(self, 0 <= self.drop_path < 1, "drop_path", "from 0 to below 1")
         require(self, 0 <= self.smoothing < 1, "smoothing", "from 0 to below 1")
         require(self, self.seed >= 0, "seed", "0 or more")
+        require(self, self.fold is None or self.fold >= 0, "fold", "0 or more")
+
+    @property
+    def question(self) -> Question:
+        """What it learns."""
+        return Question(self.task, self.fold)
 
     @property
     def all_settings(self) -> dict[str, Any]:
-        """Those of its shape and of its learning in one flat dict, the method left out."""
+        """Those of its shape and of its learning in one flat dict, the method left out, and the
+        fold where there is none."""
         learning = {k: v for k, v in vars(self).items() if k not in ("method", "settings")}
+        if self.fold is None:
+            del learning["fold"]
         return {**self.settings, **learning}
 
 

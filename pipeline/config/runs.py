@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pipeline.config.shared as shared
+from pipeline.config.shared import require
 from pipeline.setting import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Which members of a run are scored, on which splits, from a cache or from `images`."""
+    """Which members of a run are scored, on which splits, from a cache or from `images`.
+
+    `weights`, `batch_size` and `workers` are of the backbone that runs on `images`; `data_dir`,
+    `input_key` and `target_key` say how these are opened, as `extract` takes them. Raises
+    SettingError when it is made with an impossible value.
+    """
 
     run: str = setting(argument=True)
     images: str | None = setting(None, argument=True)
@@ -32,10 +38,15 @@ class EvaluateConfig:
     device: str = shared.device()
     amp: bool | None = shared.amp()
 
+    def __post_init__(self) -> None:
+        require(self, self.batch_size >= 1, "batch_size", "1 or more")
+        require(self, self.workers >= 0, "workers", "0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Which runs a page is about, and what it looks closely at."""
+    """Which `runs` a page is about, and which member it looks at closely; with `images` (opened as
+    `extract` does) it shows mistakes."""
 
     runs: tuple[str, ...] = setting(argument=True)
     out: str | None = setting(None, path="file", help="The page.", unset="RUN/report.html")
@@ -54,7 +65,8 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Which member of a run says what about which photographs."""
+    """Which member of a run says what about which `photos`. Raises SettingError when it is made
+    with an impossible value."""
 
     run: str = setting(argument=True)
     photos: tuple[str, ...] = setting(argument=True)
@@ -66,3 +78,8 @@ class PredictConfig:
     workers: int = setting(0, short="j", help="Decoding processes.")
     device: str = shared.device()
     amp: bool | None = shared.amp()
+
+    def __post_init__(self) -> None:
+        require(self, self.top_k >= 1, "top_k", "1 or more")
+        require(self, self.batch_size >= 1, "batch_size", "1 or more")
+        require(self, self.workers >= 0, "workers", "0 or more")

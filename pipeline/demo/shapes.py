@@ -19,7 +19,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+
+from pipeline.errors import needed_for
+
+with needed_for("the demo", extra="extract"):
+    from PIL import Image, ImageDraw
 
 Array = NDArray[np.float32]
 Outline = list[tuple[float, float]]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.backbones import timm_models  # noqa: F401  missing? told before rendering
 from pipeline.demo.shapes import write_task
 from pipeline.runs.run import Run
 

@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cache import Writer
 from pipeline.backbones.contract import Backbone
@@ -23,6 +23,9 @@ from pipeline.errors import ImageError
 from pipeline.features.writing import Layout, TokenBuffer
 from pipeline.sources.batches import ImageBatch
 from pipeline.sources.source import Source
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 WRITERS = 2  # threads that write, each from a buffer of its own; one more is being filled
 
@@ -93,19 +96,14 @@ def fill(
     has a reason in place of features), StorageOverflow naming tap and key, and what the writer
     raises. What was published stays, and the same call goes on from there.
     """
-    pending = list(writer.pending)
-    clock = _Legs()
+    pending, clock = list(writer.pending), _Legs()
     if not pending:
         return clock.legs
-    backbone = how.backbone
+    backbone, starts = how.backbone, writer.manifest.part_starts[:-1]
     batches = backbone.batches(
-        slots,
-        pending=pending,
-        batch_size=how.batch_size,
-        starts=writer.manifest.part_starts[:-1],
-        workers=how.workers,
+        slots, pending=pending, batch_size=how.batch_size, starts=starts, workers=how.workers,
         pin_memory=backbone.device.type == "cuda",
-    )
+    )  # fmt: skip
     total, row_bytes, done = sum(map(len, pending)), writer.manifest.slot_nbytes, 0
     free = [
         TokenBuffer(writer.manifest, how.layout, how.batch_size, backbone.device)

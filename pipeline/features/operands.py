@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cache import Reader
+from pipeline.config import Question
 from pipeline.features.labelled import LabelledRows
 from pipeline.features.reading import StoredTokens
 from pipeline.side.contract import Operands, SideNetwork
@@ -29,11 +30,11 @@ _CHUNK_BYTES = 8 * 2**20  # of features, turned into operands at a time: stays i
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows: the operands of each network by its number (networks alike share theirs), and each
-    task's labels."""
+    """B rows: the operands of each network by its number (networks alike share theirs), and the
+    labels of each question."""
 
     operands: Mapping[int, Operands]
-    labels: dict[str, Tensor]
+    labels: dict[Question, Tensor]
 
 
 class Batches:
@@ -52,11 +53,12 @@ class Batches:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.rows, self.device, self.dtype = labelled.rows, device, dtype
+        self.rows, self.folds = labelled.rows, labelled.folds
+        self.device, self.dtype = device, dtype
         self.stored = StoredTokens(reader, device)
         self.labels = {
-            task: torch.from_numpy(np.ascontiguousarray(labels)).to(device)
-            for task, labels in labelled.labels.items()
+            question: torch.from_numpy(np.ascontiguousarray(labels)).to(device)
+            for question, labels in labelled.labels.items()
         }
         self._resident: dict[Hashable, Operands] | None = None
         self._blank: dict[Hashable, Operands] = {}  # of one row of zeros
@@ -101,8 +103,8 @@ class Batches:
             key: {name: one.new_zeros(size, *one.shape[1:]) for name, one in made.items()}
             for key, made in self._blank.items()
         }
-        labels = {task: values[:1].expand(size, *values.shape[1:]).clone()
-                  for task, values in self.labels.items()}  # fmt: skip
+        labels = {question: values[:1].expand(size, *values.shape[1:]).clone()
+                  for question, values in self.labels.items()}  # fmt: skip
         return Batch({number: operands[key] for number, key in self._keys.items()}, labels)
 
     def load(self, place: torch.device, loaded: Callable[[int], None] = lambda _: None) -> None:
@@ -147,7 +149,7 @@ class Batches:
         return out
 
     def _batch(self, made: Mapping[Hashable, Operands], there: Tensor) -> Batch:
-        labels = {task: values[there] for task, values in self.labels.items()}
+        labels = {question: values[there] for question, values in self.labels.items()}
         return Batch({number: made[key] for number, key in self._keys.items()}, labels)
 
     def _make(self, stored: Mapping[str, Tensor]) -> dict[Hashable, Operands]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cache import Labelling, Reader, Target, decode_keys, encode_keys
+from cache import Labelling, Reader, Target, decode_keys, encode_keys, no_label
 from pipeline.errors import SettingError, SourceError, some
 from pipeline.sources.source import Source, TargetColumn
 from pipeline.sources.splits import in_order
@@ -41,7 +41,7 @@ class Questions:
         tables = {}
         for name, table in self._by_row().items():
             taken = table[np.where(there, numbers, 0)]
-            taken[~there] = _nothing(taken.dtype)
+            taken[~there] = no_label(taken.dtype)
             tables[name] = taken
         for group in self.labelling.groups:
             names = self.groups(group)
@@ -88,7 +88,7 @@ class Questions:
         theirs = other.labelling
         empty = np.ones(len(self.keys), bool)
         for table in self._by_row().values():
-            empty &= _is_nothing(table)
+            empty &= _isno_label(table)
         tables, targets = dict(self.tables), []
         splits = (*self.labelling.splits, *(s for s in theirs.splits if s not in self.splits))
         if "split" in other.tables and "split" in tables:
@@ -212,10 +212,10 @@ def _folds(table: TableRows) -> np.ndarray:
     return np.array(folds, np.int16)
 
 
-def _is_nothing(table: np.ndarray) -> np.ndarray:
+def _isno_label(table: np.ndarray) -> np.ndarray:
     """Which rows of a labelling's table say nothing, bool (N,)."""
     flat = table.reshape(len(table), -1)
-    nothing = np.isnan(flat) if flat.dtype.kind == "f" else flat == _nothing(flat.dtype)
+    nothing = np.isnan(flat) if flat.dtype.kind == "f" else flat == no_label(flat.dtype)
     return nothing.all(axis=1)
 
 
@@ -223,11 +223,6 @@ def _renumbered(values: np.ndarray, old: Target, new: Target) -> np.ndarray:
     """A copy of a target's values as they are among the classes of `new`, which has them all."""
     place = [new.classes.index(name) for name in old.classes]
     return task_of(old).renumbered(values, place, new.classes)
-
-
-def _nothing(dtype: np.dtype) -> float | int:
-    """How a row without label, split or fold is written down."""
-    return float("nan") if dtype.kind == "f" else 255 if dtype.kind == "u" else -1
 
 
 def refuse_strangers(names: Sequence[str], numbers: np.ndarray, cache: str) -> None:

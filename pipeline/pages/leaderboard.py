@@ -69,15 +69,12 @@ class Loaded:
 def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loaded:
     run = Run(path)
     summary, config, environment = run.summary(), run.config(), run.environment()
-    reader: Reader | None = None
     try:
         reader = opened.enter_context(Reader(run.cache()))
-        if reader.fingerprint != environment.get("fingerprint"):
-            reason = f"{reader.location} is another cache now than the one trained on"
-            reader = None
+        reason = _changed(reader, environment)
     except (CacheError, RunError) as error:
         reason = str(error)
-    if reader is None:
+    if reason:
         left_out.append(f"{path}: no look at predictions: {reason}")
     loaded = Loaded(
         run=run,
@@ -87,7 +84,7 @@ def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loa
         environment=environment,
         cost=run.cost(),
         evaluations=run.evaluations(),
-        reader=reader,
+        reader=None if reason else reader,
     )
     curves = _curves(run.metrics())
     for row in summary:
@@ -114,6 +111,16 @@ def load(path: Path, number: int, opened: ExitStack, left_out: list[str]) -> Loa
             )
         )
     return loaded
+
+
+def _changed(reader: Reader, environment: Mapping[str, Any]) -> str:
+    """What a cache is no longer, beside what a run noted of it; "" if it is the same."""
+    if not reader.is_known_as(environment["fingerprint"]):
+        return f"the features of {reader.location} are others now than those trained on"
+    if environment.get("labelling", reader.labelling_digest) != reader.labelling_digest:
+        told = "asked other things now (labels, splits, rows) than when it was trained on"
+        return f"{reader.location} is {told}"
+    return ""
 
 
 def _settings(config: TrainConfig, member: Member) -> dict[str, Any]:

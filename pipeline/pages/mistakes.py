@@ -18,7 +18,7 @@ from cache import NameMissing, Reader
 from pipeline.config import TrainConfig
 from pipeline.device import pick_device, pick_precision, without_tf32
 from pipeline.errors import ImageError, RunError
-from pipeline.features.labelled import labelled_rows
+from pipeline.features.labelled import folded_rows, labelled_rows
 from pipeline.features.operands import Batches
 from pipeline.runs.card import TrainedMember
 from pipeline.sources.source import Source
@@ -55,12 +55,16 @@ def _predict(
     rows that have a label."""
     chosen = pick_device(device)
     dtype = trained.precision if amp is None else pick_precision(chosen, amp)
-    labelled = labelled_rows(reader, config.val_split, [trained.task.name])
+    question = trained.task.question
+    if question.fold is None:
+        labelled = labelled_rows(reader, config.val_split, [question.task])
+    else:
+        _, labelled = folded_rows(reader, [question])
     network, task = trained.network.to(chosen), trained.task
     batches = Batches(reader, labelled, [network], device=chosen, dtype=dtype)
     with torch.no_grad():
         found = [network(b.operands[0])[0].float().cpu() for b in batches.epoch(EVAL_BATCH)]
-    outputs, labels = task.in_units(torch.cat(found).numpy()), labelled.labels[task.name]
+    outputs, labels = task.in_units(torch.cat(found).numpy()), labelled.labels[task.question]
     known = task.known(torch.from_numpy(labels)).numpy()
     bad = int((~np.isfinite(outputs[known])).any(axis=1).sum())
     if bad:

@@ -43,7 +43,7 @@ from pipeline.runs.folder import (
     whole_file,
 )
 from pipeline.runs.refusals import refuse_another, refuse_other_files
-from pipeline.runs.summary import rank_of, read_summary, summary_text
+from pipeline.runs.summary import position_of, rank_of, read_summary, summary_text
 from pipeline.side.contract import SideNetwork
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
@@ -284,10 +284,16 @@ class Run:
     def best_member(self, task: str | None = None) -> str:
         """The member with the best validation score, lower loss first among equals; the first one
         if nothing was validated. One that was stopped early is best only if all were. Test numbers
-        cannot enter: they are not in the summary.
+        cannot enter: they are not in the summary. Of members that held out folds, one of the best
+        setting.
 
         Raises RunError if the members learned several tasks and none of them is named.
         """
+        return self.best_members(task)[0]
+
+    def best_members(self, task: str | None = None) -> list[str]:
+        """The best member; of those that held out folds, all of the setting that is best over its
+        folds, the best first. Raises as `best_member` does."""
         rows, known = self.summary(), self.tasks()
         if task not in known and (task is not None or len(known) > 1):
             raise RunError(
@@ -295,8 +301,16 @@ class Run:
                 f"{task or 'none'}. Scores of different tasks are not compared: name a task, or a "
                 "member."
             )
-
-        return min((row for row in rows if task in (None, row["task"])), key=rank_of)["id"]
+        members = self.config().members
+        settings: dict[str, list[dict[str, str]]] = {}
+        for row in rows:
+            if task in (None, row["task"]):
+                member = members[position_of(row["id"])]
+                alone = "" if member.fold is not None else row["id"]
+                key = alone or repr(replace(member, fold=None))
+                settings.setdefault(key, []).append(row)
+        best = min(settings.values(), key=rank_of)
+        return [row["id"] for row in sorted(best, key=lambda row: rank_of([row]))]
 
     def card(self, member_id: str) -> dict[str, Any]:
         """What a member's side_network.json says. RunError if unknown, or of another version."""
@@ -332,11 +346,11 @@ class Run:
         """What decides the result of the run that is here, and of one that is asked for."""
         before = self.environment()
         facts = [name for name in ("fingerprint", "labelling", "precision") if name in before]
-        there, asked = self.config().progress_key(), config.progress_key()
-        return (
-            there | {name: before[name] for name in facts},
-            asked | {name: environment[name] for name in facts},
-        )
+        there = self.config().progress_key() | {name: before[name] for name in facts}
+        asked = config.progress_key() | {name: environment[name] for name in facts}
+        if there["fingerprint"] == environment.get("formerly"):  # an earlier name of the same
+            there["fingerprint"] = asked["fingerprint"]
+        return there, asked
 
     def _write(self, name: str, text: str) -> None:
         replace_text(self.path / name, text)

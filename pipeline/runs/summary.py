@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from pipeline.records import finite, rank
@@ -49,9 +50,16 @@ def loss_of(row: Mapping[str, str]) -> float | None:
     return number_of(row["val_loss"])
 
 
-def rank_of(row: Mapping[str, str]) -> tuple[bool, float, float]:
-    """Sorts the lines of one task, best first."""
-    return rank(score_of(row), loss_of(row), stopped=bool(row["stopped"]))
+def rank_of(rows: Sequence[Mapping[str, str]]) -> tuple[bool, float, float]:
+    """Sorts settings of one task, best first, by the lines of their members: one, or one a fold."""
+    scores, losses = [score_of(row) for row in rows], [loss_of(row) for row in rows]
+    return rank(_mean(scores), _mean(losses), stopped=any(row["stopped"] for row in rows))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if one is lacking: a mean of the others would hide it."""
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def number_of(text: str) -> float | None:

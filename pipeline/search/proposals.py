@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.config import Member
+from pipeline.errors import needed_for
 from pipeline.records import TrialDone
 from pipeline.search.space import Space
+
+with needed_for("a sweep", extra="sweep"):
+    import optuna
+    from optuna.trial import FrozenTrial, Trial, TrialState
 
 REDUCTION = 3  # with halving, one member in three passes a rung, and trains three times as long
 FIRST_RUNG = 6  # the first rung is at a sixth of the longest training, and not its first epoch

@@ -33,8 +33,8 @@ def winners(run: Run) -> list[Winner]:
             continue
         winner = Winner(
             task=group[0][1].task,
-            member=group[0][1],
-            seeds=tuple(member.seed for _, member in group),
+            member=replace(group[0][1], fold=None),
+            seeds=tuple(dict.fromkeys(member.seed for _, member in group)),
             scores=tuple(score for score in scores if score is not None),
         )
         if winner.task not in found or winner.score > found[winner.task].score:
@@ -50,11 +50,11 @@ def winners(run: Run) -> list[Winner]:
 def _settings(
     members: Sequence[Member], rows: Sequence[Mapping[str, str]]
 ) -> list[list[tuple[Mapping[str, str], Member]]]:
-    """Members that differ in nothing but the seed, together."""
+    """Members that differ in nothing but seed and fold, together."""
     groups: dict[Any, list[tuple[Mapping[str, str], Member]]] = {}
     for row in rows:
         member = members[position_of(row["id"])]
-        alike = replace(member, seed=0)
+        alike = replace(member, seed=0, fold=None)
         groups.setdefault(repr(alike), []).append((row, member))
     return list(groups.values())
 

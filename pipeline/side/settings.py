@@ -74,5 +74,8 @@ def settings_in(file: Path, name: str) -> type[Settings]:
     module = ast.parse(file.read_text(encoding="utf-8"))
     module.body = [n for n in module.body if isinstance(n, ast.ClassDef) and n.name == name]
     made = dict(globals())
-    exec(compile(module, str(file), "exec"), made)
+    try:
+        exec(compile(module, str(file), "exec"), made)
+    except NameError as error:
+        raise NameError(f"{file}: {name} may use what settings.py has, alone: {error}") from None
     return made[name]

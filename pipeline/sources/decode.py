@@ -14,9 +14,11 @@ import functools
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, needed_for
+
+with needed_for("reading images", extra="extract"):
+    from PIL import Image, UnidentifiedImageError
 
 NOT_PHOTOGRAPHS = {  # Pillow registers these too, but for them it …
     "BUFR": "needs a plug-in",
@@ -32,11 +34,8 @@ NOT_PHOTOGRAPHS = {  # Pillow registers these too, but for them it …
 GREY_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # Pillow's, of whole numbers above 8 bits
 GREY_TOPS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # what scanners make
 
-REPAIR = "Repair or remove the file"
-REPAIR_OR_SKIP = f"{REPAIR}, or leave such rows out with --on-error skip"
 
-
-def decode(data: bytes, where: str, advice: str = REPAIR_OR_SKIP) -> Image.Image:
+def decode(data: bytes, where: str, advice: str) -> Image.Image:
     """Encoded bytes → RGB image, as timm decodes; ImageError names `where` and ends in `advice`.
 
     Pillow warns of a decompression bomb above Image.MAX_IMAGE_PIXELS and refuses at twice that;

@@ -20,9 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.errors import SourceError
-from pipeline.sources.decode import REPAIR, REPAIR_OR_SKIP
-from pipeline.sources.folders import open_folder
-from pipeline.sources.source import Source
+from pipeline.sources.source import REPAIR, REPAIR_OR_SKIP, Source
 from pipeline.sources.tables import SEPARATORS, Classes, open_table
 from pipeline.sources.tars import open_tar
 from pipeline.sources.vtab import is_vtab, open_vtab
@@ -77,8 +75,12 @@ def open_source(
 def _open_path(path: Path, splits: tuple[str, ...] | None, classes: Classes) -> Source:
     """What is on the disk."""
     of_label = classes.get("label")
+    if path.is_dir() and is_vtab(path):
+        return open_vtab(path, splits, of_label)
     if path.is_dir():
-        return (open_vtab if is_vtab(path) else open_folder)(path, splits, of_label)
+        from pipeline.sources.folders import open_folder  # Pillow says which files are images
+
+        return open_folder(path, splits, of_label)
     if path.is_file() and path.suffix.lower() in SEPARATORS:
         return open_table(path, splits, classes)
     if path.is_file() and path.suffix.lower() == ".tar":

@@ -16,15 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from pipeline.errors import ImageError, SettingError, SourceError, some
-from pipeline.sources.decode import REPAIR_OR_SKIP, decode
 from pipeline.sources.splits import MOST_SPLITS, in_order
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # not the image's fault
+REPAIR = "Repair or remove the file"
+REPAIR_OR_SKIP = f"{REPAIR}, or leave such rows out with --on-error skip"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +114,8 @@ class Source(ABC):
 
     def open(self, index: int) -> Image.Image:
         """One image, decoded, RGB; ImageError names the file, the reason and what to do."""
+        from pipeline.sources.decode import decode  # labels alone need no Pillow
+
         return decode(self.read(index), self.where(index), self.advice)
 
     def sha256(self, index: int) -> bytes:

@@ -27,11 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from timm.data import create_dataset
-from timm.data.readers import create_reader
 
-from pipeline.errors import ImageError, SourceError
+from pipeline.errors import ImageError, SourceError, needed_for
 from pipeline.sources.samples import (
     Sample,
     as_source_error,
@@ -45,6 +42,11 @@ from pipeline.sources.source import FileSource, Source
 from pipeline.sources.splits import normal_split
 from pipeline.sources.spool import Spool, SpooledSource
 from pipeline.sources.tars import SpanSource
+
+with needed_for("a timm data set", extra="extract"):
+    from PIL import Image
+    from timm.data import create_dataset
+    from timm.data.readers import create_reader
 
 PACKAGES = {  # prefix → what timm's reader imports
     "hfds": ("datasets",),

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.config import Question
 from pipeline.records import finite
 
 Where = Callable[[int], str]  # the number of a cell → its place, as messages name it
@@ -59,12 +60,14 @@ class Task(ABC):
     """A target of a cache, as members learn it.
 
     `centre` and `scale` are of kinds that learn a standardised value, (label - centre) / scale.
+    `fold` is the one whose rows it never sees, if it is learned by folds.
     """
 
     name: str
     classes: tuple[str, ...] = ()
     centre: float = 0.0
     scale: float = 1.0
+    fold: int | None = None
 
     kind: ClassVar[str]
     column: ClassVar[str]  # a list of rows holds it in a column `column:NAME`,
@@ -73,6 +76,11 @@ class Task(ABC):
     percent: ClassVar[bool] = True  # scores are told as percent; else as they are
     smooths: ClassVar[bool] = True  # whether there is a uniform target for smoothing to mix in
     exclusive: ClassVar[bool] = False  # a row has one class: splits can be stratified by it
+
+    @property
+    def question(self) -> Question:
+        """By which its labels are found."""
+        return Question(self.name, self.fold)
 
     # --- its labels ---------------------------------------------------------------------------
 
@@ -171,6 +179,8 @@ class Task(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `pipeline.tasks.task_from`."""
         own = {**vars(self), "classes": list(self.classes)}
+        if self.fold is None:
+            del own["fold"]
         return {"name": own.pop("name"), "kind": self.kind, **own}
 
 

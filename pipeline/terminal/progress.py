@@ -205,7 +205,17 @@ def verifying(progress: Progress) -> Report:
 
 def evaluating(progress: Progress) -> Report:
     """Shows the records of `evaluate`."""
-    return lambda r: progress.update("evaluating", r.rows, r.total)
+    from pipeline.evaluate import CacheChanged, Evaluated
+
+    def report(record: Any) -> None:
+        match record:
+            case Evaluated(rows=rows, total=total):
+                progress.update("evaluating", rows, total)
+            case CacheChanged(features=features, labelling=labelling):
+                told = ["features"] * features + ["labels, splits or rows"] * labelling
+                progress.note(f"the cache's {' and '.join(told)} have changed since the training")
+
+    return report
 
 
 def predicting(progress: Progress) -> Callable[[int, int], None]:

@@ -50,11 +50,7 @@ def clock_text(seconds: float) -> str:
 
 def titled(metric: str) -> str:
     """`val_top1` → `val top-1`."""
-    from pipeline.tasks import kind_of
-
-    name = metric.removeprefix("val_")
-    kind, prefix = kind_of(name), "val " if metric.startswith("val_") else ""
-    return prefix + (kind.scores[name] if kind else name)
+    return metric.replace("_", " ").replace("top", "top-").replace("map", "mAP")
 
 
 def score_text(metric: str, value: float | None) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import Member
+from pipeline.config import Member, Question
 from pipeline.errors import MissingTaps, SettingError
 from pipeline.features.operands import Batch
 from pipeline.process import undisturbed
@@ -85,7 +85,7 @@ class Cohort:
 
     def step(self, batch: Batch, index: int) -> None:
         """One training step on the operands at `index`."""
-        labels, number = batch.labels[self.task.name], self.optimiser.steps
+        labels, number = batch.labels[self.task.question], self.optimiser.steps
         self.optimiser.zero_gradient()
         loss = self._backward(batch, index)
         newly_bad = ~loss.isfinite() & (self.bad_step < 0)
@@ -100,7 +100,7 @@ class Cohort:
 
     def _backward(self, batch: Batch, index: int) -> Tensor:
         """Losses (K,) of a batch, their gradients added to the members'."""
-        labels = batch.labels[self.task.name]
+        labels = batch.labels[self.task.question]
         keep = self.drop_path.keep(self.optimiser.steps, self.network.drop_sites, len(labels))
         outputs = self.network(batch.operands[index], keep)
         loss = self.task.loss(outputs, labels, self.smoothing)
@@ -153,7 +153,7 @@ class Cohort:
 def make_cohorts(
     members: Sequence[Member],
     spec: FeatureSpec,
-    tasks: Mapping[str, Task],
+    tasks: Mapping[Question, Task],
     device: torch.device,
     initial: Mapping[str, Tensor] | None = None,
     *,
@@ -162,19 +162,19 @@ def make_cohorts(
     """Group members by method, shape and task; on a CPU in cohorts of a few, for its cores, on a
     GPU in cohorts of up to `at_once`, for its memory.
 
-    Every member's task is a key of `tasks`. `initial` is what `SideNetwork.start_from` may take.
-    Raises SettingError and MissingTaps naming the member's method and the setting or the taps.
+    Every member's question is a key of `tasks`. `initial` is what `SideNetwork.start_from` may
+    take. Raises SettingError and MissingTaps naming the method and the setting or the taps.
     """
-    groups: dict[tuple[str, Settings, str], list[tuple[int, Member]]] = {}
+    groups: dict[tuple[str, Settings, Question], list[tuple[int, Member]]] = {}
     for position, member in enumerate(members):
-        task = tasks[member.task]
+        task = tasks[member.question]
         if member.smoothing and not task.smooths:
             raise SettingError(f"smoothing = {member.smoothing}: expected 0 for a {task.kind}")
-        key = (member.method, method_settings(member), member.task)
+        key = (member.method, method_settings(member), member.question)
         groups.setdefault(key, []).append((position, member))
     cohorts = []
-    for (method, settings, name), group in groups.items():
-        task = tasks[name]
+    for (method, settings, question), group in groups.items():
+        task = tasks[question]
         own = replace(spec, classes=task.outputs)
         on_gpu = at_once or len(group)
         most = METHODS[method].together_on_cpu if device.type == "cpu" else on_gpu

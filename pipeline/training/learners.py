@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import Member, TrainConfig
+from pipeline.config import Member, Question, TrainConfig
 from pipeline.features.operands import Batches
 from pipeline.features.residence import choose_resident
 from pipeline.records import Loading
@@ -123,7 +123,7 @@ class Learners:
 
 def assemble(
     config: TrainConfig,
-    tasks: Mapping[str, Task],
+    tasks: Mapping[Question, Task],
     spec: FeatureSpec,
     initial: Mapping[str, Tensor],
     device: torch.device,

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import Reader, Target, Writer, decode, files, inspect, planning, verify
+from cache import Reader, Target, Writer, decode, files, inspect, verify
 from cache.ledger import Record
-from cache.location import lock, open_container
+from cache.location import Location, open_container
+from cache.stores.posix import PosixStore
 
 
 def raw(location: Path, name: str) -> np.ndarray:
@@ -361,7 +362,9 @@ def test_the_loser_of_a_race_uses_the_winners_cache(location, sample, monkeypatc
     with Writer(
         location, sample.manifest, sample.labelling, sample.tables, worker=0, workers=2
     ) as winner:
-        monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
+        monkeypatch.setattr(
+            "cache.location.Location.is_there", lambda self: False
+        )  # it looked too early
         other = sample.with_manifest(slots_per_shard=3)
         with Writer(
             location, other.manifest, other.labelling, other.tables, worker=1, workers=2
@@ -425,7 +428,7 @@ def test_a_forgotten_shard_is_written_anew(location, sample):
     sample.write(location)
     container = open_container(location)
     extents = container.slots("tokens", 1)
-    with extents.path.open("r+b") as file:
+    with (location.parent / extents.name).open("r+b") as file:
         file.seek(int(extents.offsets[0, 0]))
         file.write(b"\xff\xff\xff")
     found = verify(location)
@@ -493,7 +496,9 @@ def test_without_hard_links_a_name_is_not_taken_either(location, sample, monkeyp
     monkeypatch.setattr(os, "link", link)
     monkeypatch.setattr("cache.files.try_lock", lambda fd, **_: None)
     first = Writer(location, sample.manifest, sample.labelling, sample.tables)
-    monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
+    monkeypatch.setattr(
+        "cache.location.Location.is_there", lambda self: False
+    )  # it looked too early
     second = Writer(location, sample.manifest, sample.labelling, sample.tables)
     other = {name: array + array.dtype.type(1) for name, array in sample.values.items()}
     sample.fill(first)
@@ -592,12 +597,12 @@ def test_workers_that_overwrite_leave_each_others_cache(location, sample):
 def test_a_worker_that_comes_late_to_overwriting(location, sample, monkeypatch, other):
     """It saw the old cache; before it can remove it, another has put the new one there."""
     sample.with_manifest(identity={"old": 1}).write(location)
-    real, held = planning.remove, []
+    real, held = Location.remove, []
 
-    def late(path: Path, unless: Callable[[], bool]) -> None:
-        monkeypatch.setattr(planning, "remove", real)
+    def late(self: Location, unless: Callable[[], bool]) -> None:
+        monkeypatch.setattr(Location, "remove", real)
         if other == "has removed the old one":
-            real(path)
+            real(self)
         else:
             first = Writer(
                 location,
@@ -611,9 +616,9 @@ def test_a_worker_that_comes_late_to_overwriting(location, sample, monkeypatch, 
             held.append(first)
         if other == "has ended":
             first.close()
-        real(path, unless)
+        real(self, unless)
 
-    monkeypatch.setattr(planning, "remove", late)
+    monkeypatch.setattr(Location, "remove", late)
     options = {"overwrite": True, "worker": 1, "workers": 2}
     with Writer(location, sample.manifest, sample.labelling, sample.tables, **options) as writer:
         assert writer.pending == [range(4, 8)]
@@ -629,9 +634,9 @@ def test_leftovers_of_a_killed_creation_are_swept(location, sample):
         litter = location.with_name(f".{location.name}.{suffix}.creating")
         litter.write_bytes(b"half")
         os.utime(litter, (time.time() - age,) * 2)
-    held = lock(litter)
+    held = PosixStore(litter.parent).lock(litter.name)
     sample.write(location)
-    os.close(held)
+    held.release()
     names = {path.name for path in location.parent.iterdir()}
     assert names == {
         location.name,

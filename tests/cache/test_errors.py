@@ -170,7 +170,9 @@ def test_second_writer_is_refused_while_the_first_lives(location, sample):
 
 def test_of_two_who_create_a_cache_one_writes(location, sample, monkeypatch):
     with Writer(location, sample.manifest, sample.labelling, sample.tables) as first:
-        monkeypatch.setattr("cache.planning.is_there", lambda path: False)  # it looked too early
+        monkeypatch.setattr(
+            "cache.location.Location.is_there", lambda self: False
+        )  # it looked too early
         with pytest.raises(CacheLocked, match="another process"):
             Writer(location, sample.manifest, sample.labelling, sample.tables)
         sample.fill(first)
@@ -457,7 +459,7 @@ def place(location, stack, row, view=0):
     container = Reader(location, allow_incomplete=True).container
     shard, position = divmod(row, container.manifest.slots_per_shard)
     extents = container.slots(stack, shard)
-    return extents.path, int(extents.offsets[position, view])
+    return location.parent / extents.name, int(extents.offsets[position, view])
 
 
 def test_a_damaged_byte_is_named(location, sample):
@@ -468,7 +470,12 @@ def test_a_damaged_byte_is_named(location, sample):
     assert not found.ok
     assert found.lost_shards == []  # the row alone can be written again
     (damage,) = found.damaged
-    assert (damage.stack, damage.row, damage.key, damage.file) == ("late", 6, "images/é6.png", path)
+    assert (damage.stack, damage.row, damage.key, damage.file) == (
+        "late",
+        6,
+        "images/é6.png",
+        str(path),
+    )
     assert "row 6 (images/é6.png) of stack late" in str(damage)
 
     with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
@@ -510,7 +517,7 @@ def test_killed_while_forgetting(tmp_path, sample, monkeypatch, deletions):
 def test_a_torn_ledger_record_counts_as_not_done(location, sample):
     sample.write(location)
     place = Reader(location).container.record_place(1)
-    flip_byte(place.path, place.offset + 40)
+    flip_byte(location.parent / place.name, place.offset + 40)
     with pytest.raises(CacheIncomplete, match="6 of 10"):
         Reader(location)
     assert {damage.row for damage in verify(location).damaged} == {4, 5, 6, 7}
@@ -528,7 +535,7 @@ def test_a_record_of_another_shard_counts_as_not_done(location, sample):
 def test_damaged_table_is_named(location, sample):
     sample.write(location)
     extent = Reader(location).container.table("labellings/0/labels/label")
-    flip_byte(extent.path, extent.offset)
+    flip_byte(location.parent / extent.name, extent.offset)
     with pytest.raises(CacheDamaged, match="labels/label' does not match its checksum"):
         Reader(location).labels()
     assert "labels/label" in str(verify(location).damaged[0])
@@ -540,7 +547,7 @@ def test_truncated_hdf5_is_named(tmp_path, sample):
     with pytest.raises(CacheDamaged, match=r"a\.h5.*truncated"):
         Reader(location)
     (damage,) = verify(location).damaged
-    assert damage.file == location
+    assert damage.file == str(location)
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "index"])
@@ -563,7 +570,7 @@ def test_damaged_zarr_shard_is_named_and_repaired(tmp_path, sample, harm):
         Reader(location).read([6])
     found = verify(location)
     assert {damage.row for damage in found.damaged} == {4, 5, 6, 7}
-    assert {damage.file for damage in found.damaged} == {path}
+    assert {damage.file for damage in found.damaged} == {str(path)}
     with Writer(location, sample.manifest, sample.labelling, sample.tables) as writer:
         writer.forget(found.lost_shards)
         sample.fill(writer)

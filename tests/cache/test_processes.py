@@ -69,9 +69,8 @@ def test_killed_writer_leaves_no_lock(location, sample):
     sample.write(location)
     code = (
         "import os, signal, sys\n"
-        "from cache.location import lock, open_container\n"
-        "from pathlib import Path\n"
-        "lock(Path(sys.argv[1]))\n"
+        "from cache.location import Location\n"
+        "lock = Location.of(sys.argv[1]).lock()\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(location)], cwd=ROOT, timeout=60)

@@ -168,7 +168,7 @@ def test_masks_are_written_from_a_file_and_read_row_by_row(location, sample, tmp
     pixels = {"sky": (masks == 0).sum(), "sea": (masks == 1).sum()}
     assert inspect(location).targets["mask"] == pixels
     extent = open_container(location).table("labellings/0/labels/mask")
-    with extent.path.open("r+b") as file:
+    with (location.parent / extent.name).open("r+b") as file:
         file.seek(extent.offset + 9)
         file.write(b"\7")
     assert "labels/mask" in str(verify(location).damaged[0])
@@ -322,25 +322,27 @@ def expected(inputs: Inputs, stack: str) -> np.ndarray:
 
 
 def test_plain_libraries_read_an_updated_cache(location):
-    """By `labelling_at`, `slots` and parts, as docs/format.md says."""
+    """By `labelling_at`, `slots` and parts, with the lines that docs/format.md gives."""
     extract(location, OLD)
     update(location, NEW)
-    group = zarr.open_group(location, mode="r") if location.is_dir() else h5py.File(location, "r")
-    document = group.attrs["sidecache"] if location.is_dir() else json.loads(group["manifest"][()])
-    at = document["labelling_at"]
-    slots = group[f"{at}/slots"][:]
-    starts = np.cumsum([0, *document["parts"]])
-    keys, values = [], expected(NEW, "tokens")
-    for row, slot in enumerate(slots):
-        part = int(np.searchsorted(starts, slot, side="right")) - 1
-        below = f"updates/{part}/" if part else ""
-        place = slot - starts[part]
-        np.testing.assert_array_equal(group[f"{below}stacks/tokens"][place, 0], values[row])
-        keys.append(json.loads(bytes(group[f"{below}keys"][:]))[place])
-    assert keys == list(NEW.keys)
-    np.testing.assert_array_equal(group[f"{at}/labels/kind"][:], NEW.labelling()[1]["labels/kind"])
-    if not location.is_dir():
-        group.close()
+    text = (Path(__file__).parents[2] / "docs/format.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    if location.suffix == ".h5":
+        lines = code.splitlines()
+        (instead,) = (line for line in lines if line.startswith("# or: "))
+        kept = [line for line in lines if not line.startswith(("group =", "document ="))]
+        kept.insert(kept.index(instead), instead.removeprefix("# or: "))
+        code = "\n".join(kept)
+    code = code.split("values =")[0].replace(f"x{location.suffix}", str(location))
+    for row in range(7):
+        known: dict = {}
+        exec(code.replace("slots[5]", f"slots[{row}]"), known)
+        np.testing.assert_array_equal(known["tokens"], expected(NEW, "tokens")[row])
+        assert known["key"] == NEW.keys[row]
+        labels = known["group"][f"{known['at']}labels/kind"][:]
+        np.testing.assert_array_equal(labels, NEW.labelling()[1]["labels/kind"])
+        if location.suffix == ".h5":
+            known["group"].close()
 
 
 def test_before_the_labelling_speaks_of_them_nobody_sees_new_slots(location):
@@ -515,7 +517,7 @@ def flip(location: Path, stack: str, slot: int, view: int = 0) -> None:
     shard = int(container.manifest.shards_of(np.array(slot)))
     extents = container.slots(stack, shard)
     place = slot - container.manifest.shard_slots(shard).start
-    with extents.path.open("r+b") as file:
+    with (location.parent / extents.name).open("r+b") as file:
         file.seek(int(extents.offsets[place, view]) + 2)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
@@ -591,7 +593,7 @@ def test_lost_shards_are_told(location):
     extract(location, OLD)
     update(location, NEW)
     place = open_container(location).record_place(1)
-    with place.path.open("r+b") as file:
+    with (location.parent / place.name).open("r+b") as file:
         file.seek(place.offset + 30)
         file.write(b"\xff")
     flip(location, "tokens", 1)
@@ -599,7 +601,7 @@ def test_lost_shards_are_told(location):
     assert found.lost_shards == [1]
     assert {d.row for d in found.damaged} == {2, 6}  # slots 1 and 3; row c has gone
     if location.is_dir():
-        open_container(location).slots("late", 4).path.unlink()
+        (location.parent / open_container(location).slots("late", 4).name).unlink()
         found = verify(location)
         assert found.lost_shards == [1, 4]
         assert {d.row for d in found.damaged} == {2, 6, 4, 5}

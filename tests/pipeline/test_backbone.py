@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cache import Reader
 from pipeline.backbones.timm_models import TimmBackbone, load_backbone
+from pipeline.backbones.weights import weights_sha256
 from pipeline.errors import BackboneError, SettingError
 from pipeline.features.taps import parse_taps
 from pipeline.side.contract import FeatureSpec, TokenShape
@@ -25,6 +29,7 @@ from pipeline.side.layers import FrozenNorm, pool_tokens
 pytestmark = pytest.mark.numerics
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent.parent
 KINDS = {  # name → prefix tokens
     "vit_tiny_patch16_224": 1,
     "vit_medium_patch16_reg4_gap_256": 4,  # register tokens, no class token
@@ -240,6 +245,38 @@ def test_weights_in_the_layout_of_dinov2_and_of_another_size(tmp_path: Path) -> 
         assert torch.equal(loaded[name], tensor)
     larger: Any = load_backbone("vit_tiny_patch16_224", **at).model
     assert larger.pos_embed.shape == (1, 197, 192)
+
+
+def test_a_model_of_the_hub_by_its_repository(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a hub's client left it on the disk; a process of its own, since that reads its
+    environment once."""
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    repository = tmp_path / "hub" / "models--somebody--small"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    timm.models.save_for_hf(model, snapshot, safe_serialization=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = ["--img-size", "32", "-j", "0", "--device", "cpu"]
+
+    def extract(name: str, out: str) -> subprocess.CompletedProcess[str]:
+        line = ["cli.py", "extract", str(images), "--model", name, "--out", str(tmp_path / out)]
+        return subprocess.run(
+            [sys.executable, *line, *flags], cwd=ROOT, capture_output=True, text=True
+        )
+
+    assert extract("hf-hub:somebody/small", "c.zarr").returncode == 0
+    with Reader(tmp_path / "c.zarr") as reader:
+        backbone = reader.manifest.identity["backbone"]
+    model.reset_classifier(0)
+    assert backbone["name"] == "hf-hub:somebody/small"
+    assert backbone["weights_sha256"] == weights_sha256(model)
+    refused = extract("hf-hub:somebody/other", "d.zarr")
+    assert refused.returncode == 1 and "could not be loaded" in refused.stderr
 
 
 def test_random_weights_come_from_the_seed_and_leave_the_global_stream_alone() -> None:

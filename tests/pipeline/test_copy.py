@@ -27,11 +27,11 @@ from cache import (
 from pipeline.config import CopyConfig, Member
 from pipeline.copy import copy
 from pipeline.errors import MissingTaps, SettingError
-from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.features.casting import store
 from pipeline.sources.open import open_source
 from pipeline.train import train
+from sidecache import evaluate
 
 MIET = Member(method="miet", epochs=4, warmup_epochs=1, settings={"rank": 4})
 LOSS = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 1 / 254}  # of the largest

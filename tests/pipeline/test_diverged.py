@@ -15,10 +15,10 @@ from conftest import train_config
 
 import cli
 from pipeline.config import Member
-from pipeline.evaluate import evaluate, mean_and_deviation
-from pipeline.report import report
+from pipeline.evaluate import mean_and_deviation
 from pipeline.runs.run import Run
 from pipeline.train import train
+from sidecache import evaluate, report
 
 TASKS = ("colour", "marks", "warmth")  # a class, classes at once, a number
 ENDLESS = 1e30  # a learning rate after whose first step no output is finite

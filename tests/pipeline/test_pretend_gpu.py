@@ -22,11 +22,9 @@ from pipeline import train as stage
 from pipeline.config import Member
 from pipeline.device import pick_device, pick_precision
 from pipeline.errors import DeviceError, SettingError
-from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.features import operands, reading, writing
 from pipeline.features.residence import choose_resident
-from pipeline.predict import predict
 from pipeline.records import EpochDone, PassStarted
 from pipeline.runs.run import Run
 from pipeline.side.layers import fused_attention
@@ -34,6 +32,7 @@ from pipeline.train import train
 from pipeline.training import learners
 from pipeline.training.cohort import Cohort
 from pipeline.training.passes import Pass
+from sidecache import evaluate, predict
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("last", {"rank": 4}),

@@ -24,11 +24,8 @@ from conftest import train_config
 import cli
 from pipeline.config import LabelConfig, Member, SweepConfig, TrainConfig
 from pipeline.errors import RunError
-from pipeline.evaluate import evaluate
 from pipeline.label import label
-from pipeline.predict import predict
 from pipeline.records import EpochDone, RoundStarted
-from pipeline.report import report
 from pipeline.runs import folder
 from pipeline.runs import run as run_module
 from pipeline.runs.folder import append_text, hold, other_names, replace_text, sweep_litter
@@ -36,6 +33,7 @@ from pipeline.runs.run import Run
 from pipeline.sweep import sweep
 from pipeline.train import refit, train
 from pipeline.training import saver
+from sidecache import evaluate, predict, report
 
 LINEAR = Member(method="linear", epochs=3, warmup_epochs=0)
 
@@ -642,7 +640,7 @@ def test_other_labels_are_another_run(zarr_cache: Path, tmp_path: Path) -> None:
     label(LabelConfig(cache=str(cache), folds=2))
     for what, again in (("run", lambda: train(config)), ("sweep", lambda: sweep(swept))):
         with pytest.raises(
-            RunError, match=rf"another {what}:\n  cache labelling: \w+ there, \w+ g"
+            RunError, match=rf"another {what}:\n  labelling: labels, splits or rows"
         ):
             again()
     for file in (tmp_path / "run" / "environment.json", tmp_path / "s" / "sweep.yaml"):

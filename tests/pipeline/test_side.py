@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from pipeline.side import METHODS
 from pipeline.side.contract import FeatureSpec, SideNetwork
 from pipeline.side.last import LAST, LASTSettings
 from pipeline.side.rank_space import Attention, Plan
-from pipeline.side.settings import Settings
+from pipeline.side.settings import Settings, settings_in
 
 pytestmark = pytest.mark.numerics
 
@@ -72,6 +73,13 @@ def some(features: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
 
 def run(network: SideNetwork, features: dict[str, Tensor]) -> Tensor:
     return network(network.operands(features, torch.float64))
+
+
+def test_settings_that_need_more_than_settings_have_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "more.py"
+    file.write_text("import torch\nclass MoreSettings(Settings):\n    kind: str = setting(torch)\n")
+    with pytest.raises(NameError, match=r"more\.py: MoreSettings may use .* 'torch'"):
+        settings_in(file, "MoreSettings")
 
 
 def another(settings: Settings, name: str) -> Any:

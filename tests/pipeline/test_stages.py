@@ -14,9 +14,9 @@ from cache import Reader, verify
 from pipeline.backbones.timm_models import load_backbone
 from pipeline.config import Member
 from pipeline.errors import SettingError
-from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.train import train
+from sidecache import evaluate
 
 pytestmark = pytest.mark.numerics
 

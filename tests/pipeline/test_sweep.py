@@ -17,7 +17,6 @@ import yaml
 from cache import NameMissing
 from pipeline.config import SweepConfig
 from pipeline.errors import DeviceError, RunError, SettingError
-from pipeline.evaluate import evaluate
 from pipeline.records import EpochDone, RoundStarted, TrialDone
 from pipeline.runs.merging import add_costs
 from pipeline.runs.run import Run
@@ -25,6 +24,7 @@ from pipeline.search import rounds
 from pipeline.search.proposals import REDUCTION
 from pipeline.search.space import Chosen, Range, Space, read_space
 from pipeline.sweep import sweep
+from sidecache import evaluate
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = {"epochs": 2, "warmup_epochs": 0}

@@ -15,14 +15,14 @@ from conftest import extract_config, paint, train_config
 from cache import NameMissing, Reader
 from pipeline.config import Member
 from pipeline.errors import RunError, SettingError
-from pipeline.evaluate import evaluate, mean_and_deviation
+from pipeline.evaluate import mean_and_deviation
 from pipeline.extract import extract
-from pipeline.predict import predict
 from pipeline.records import MemberStopped
 from pipeline.runs.run import Run
 from pipeline.runs.summary import score_of
 from pipeline.search.winners import winners
 from pipeline.train import refit, train
+from sidecache import evaluate, predict
 
 LAST = Member(method="last", epochs=6, warmup_epochs=1, lr=1e-2, settings={"rank": 4})
 TASKS = ("colour", "marks", "warmth")

@@ -23,10 +23,8 @@ from safetensors.torch import load_file
 from cache import NameMissing
 from pipeline.config import Member, TrainConfig, cross
 from pipeline.errors import BackboneError, DeviceError, MissingTaps, RunError, SettingError
-from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.features.operands import Batches
-from pipeline.predict import predict
 from pipeline.records import EpochDone, MemberStopped, PassStarted
 from pipeline.runs.run import Run
 from pipeline.side import METHODS
@@ -38,6 +36,7 @@ from pipeline.training.members import make_members
 from pipeline.training.optim import MemberAdamW
 from pipeline.training.passes import Pass
 from pipeline.training.workers import Workers
+from sidecache import evaluate, predict
 
 LAST = Member(method="last", epochs=4, warmup_epochs=1, drop_path=0.2, settings={"rank": 4})
 LINEAR = Member(method="linear", epochs=4, warmup_epochs=1, lr=1e-2)
@@ -436,7 +435,7 @@ def test_kill_9_then_the_same_training(zarr_cache: Path, tmp_path: Path) -> None
     member = dataclasses.replace(LAST, epochs=12)
     config = train_config(zarr_cache, tmp_path / "killed", member)
     process = subprocess.Popen([sys.executable, "-c", script, json.dumps(config.to_dict())])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and len(Run(tmp_path / "killed").metrics()) < 4:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)

@@ -307,7 +307,7 @@ def damaged(out: Path, images: Path, forwards: list[int]) -> Iterator[Callable[[
             there = reader.container.slots("tokens", shard)
             first = reader.manifest.shard_slots(shard).start
             offset = int(there.offsets[int(reader.slots[row]) - first, 0]) + 5
-        with Path(there.path).open("r+b") as file:
+        with Path(reader.container.store.where(there.name)).open("r+b") as file:
             file.seek(offset)
             byte = file.read(1)[0]
             file.seek(offset)

@@ -14,9 +14,9 @@ from image_files import encoded, noise, put, says, tree
 from PIL import Image
 
 from pipeline.errors import ImageError, PipelineError
-from pipeline.sources.decode import REPAIR, decode, image_suffixes, is_deep_grey
+from pipeline.sources.decode import decode, image_suffixes, is_deep_grey
 from pipeline.sources.open import open_source
-from pipeline.sources.source import FileSource, Row
+from pipeline.sources.source import REPAIR, REPAIR_OR_SKIP, FileSource, Row
 
 
 def huge_png(side: int) -> bytes:
@@ -71,15 +71,15 @@ def test_a_decompression_bomb_counts_at_the_lower_limit() -> None:
         pytest.warns(Image.DecompressionBombWarning),
         pytest.raises(ImageError, match=r"x\.png: decompression bomb\? 100000000 pixels") as caught,
     ):
-        decode(huge_png(10_000), "x.png")
+        decode(huge_png(10_000), "x.png", REPAIR_OR_SKIP)
     says(caught.value, f"the limit is {Image.MAX_IMAGE_PIXELS}", "--on-error skip")
     with pytest.raises(ImageError, match=r"decompression bomb\? .*400000000 pixels.* limit of \d+"):
-        decode(huge_png(20_000), "x.png")
+        decode(huge_png(20_000), "x.png", REPAIR_OR_SKIP)
 
 
 def test_a_decompression_bomb_where_warnings_are_errors() -> None:
     with pytest.raises(ImageError, match=r"decompression bomb\? .*100000000 pixels"):
-        decode(huge_png(10_000), "x.png")
+        decode(huge_png(10_000), "x.png", REPAIR_OR_SKIP)
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_every_mode_becomes_rgb_as_pillow_converts(mode: str) -> None:
         image = image.convert(mode)
     stream = io.BytesIO()
     image.save(stream, "TIFF" if mode == "CMYK" else "PNG")
-    got = decode(stream.getvalue(), "x")
+    got = decode(stream.getvalue(), "x", REPAIR_OR_SKIP)
     assert (got.mode, got.size) == ("RGB", (16, 16))
     with Image.open(io.BytesIO(stream.getvalue())) as reference:
         assert reference.mode in (mode, mode.removesuffix(";16"))  # older releases widen it to I
@@ -140,7 +140,7 @@ def test_grey_of_16_bits_keeps_its_contrast(kind: str, mode: str) -> None:
 
 
 def levels(data: bytes) -> list[int]:
-    got = np.asarray(decode(data, "x"))
+    got = np.asarray(decode(data, "x", REPAIR_OR_SKIP))
     assert (got == got[..., :1]).all()
     return got[0, :, 0].tolist()
 
@@ -155,7 +155,7 @@ def levels(data: bytes) -> list[int]:
 )
 def test_grey_without_a_white_is_refused(mode: str, values: list[int], reason: str) -> None:
     with pytest.raises(ImageError) as caught:
-        decode(grey(values, "TIFF", mode), "scan.tif")
+        decode(grey(values, "TIFF", mode), "scan.tif", REPAIR_OR_SKIP)
     says(caught.value, "scan.tif: ", reason, "--on-error skip")
 
 
@@ -192,7 +192,7 @@ def test_no_image_starts_another_program(
     monkeypatch.setattr("subprocess.check_call", lambda command, **_: started.append(command))
     data = iptc(EPS) if inside else EPS
     with pytest.raises(ImageError) as caught:
-        decode(data, name)
+        decode(data, name, REPAIR_OR_SKIP)
     refused = "the kind EPS, which is refused: for it, Pillow starts Ghostscript"
     says(caught.value, f"{name}: ", "not an image of a kind" if inside else refused, "Repair")
     assert not started
@@ -203,7 +203,7 @@ def test_palette_with_transparency_keeps_its_colours_and_does_not_warn() -> None
     stream = io.BytesIO()
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("P")
     image.save(stream, "PNG", transparency=bytes(range(256)))
-    got = decode(stream.getvalue(), "x")
+    got = decode(stream.getvalue(), "x", REPAIR_OR_SKIP)
     with Image.open(io.BytesIO(stream.getvalue())) as reference:
         assert isinstance(reference.info["transparency"], bytes)
         assert got.tobytes() == reference.convert("RGB").tobytes()
@@ -213,12 +213,12 @@ def test_first_frame_of_an_animation_and_no_exif_rotation() -> None:
     stream = io.BytesIO()
     frames = [Image.new("RGB", (4, 6), colour) for colour in ("red", "blue")]
     frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
-    assert decode(stream.getvalue(), "x").getpixel((0, 0)) == (255, 0, 0)
+    assert decode(stream.getvalue(), "x", REPAIR_OR_SKIP).getpixel((0, 0)) == (255, 0, 0)
     stream = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to display
     frames[0].save(stream, "JPEG", exif=exif)
-    assert decode(stream.getvalue(), "x").size == (4, 6)
+    assert decode(stream.getvalue(), "x", REPAIR_OR_SKIP).size == (4, 6)
 
 
 def test_suffixes_are_those_that_pillow_reads() -> None:

@@ -12,6 +12,7 @@ from pipeline.errors import SourceError
 from pipeline.sources.decode import decode
 from pipeline.sources.folders import photos
 from pipeline.sources.open import open_source
+from pipeline.sources.source import REPAIR_OR_SKIP
 
 
 def test_folder_of_class_folders_is_all_train(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_photos_of_files_and_folders(tmp_path: Path) -> None:
     assert found == [
         tmp_path / name for name in ("single.dat", "f/a.png", "f/b.png", "f/sub/c.png")
     ]
-    assert decode(found[0].read_bytes(), "single.dat").mode == "RGB"
+    assert decode(found[0].read_bytes(), "single.dat", REPAIR_OR_SKIP).mode == "RGB"
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=r"empty: no image in this folder; looked for \.jpg"):
         photos([tmp_path / "empty"])

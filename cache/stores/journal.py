@@ -8,27 +8,16 @@ again does no harm: the next writer does so, if this one was killed.
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from cache import files
-from cache.containers.overlay import Write
 from cache.documents import canonical_json
 from cache.errors import CacheDamaged
+from cache.stores.store import Change
 
 _MAGIC = b"sidecache redo 1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Journal:
-    """What is to be written, in this order, to the file with that inode, which has `size` bytes
-    afterwards."""
-
-    file: int
-    size: int
-    writes: tuple[Write, ...]
 
 
 def journal_path(path: Path) -> Path:
@@ -36,7 +25,7 @@ def journal_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.redo")
 
 
-def pending(path: Path) -> Journal | None:
+def pending(path: Path) -> Change | None:
     """The change of a file that is not finished. Raises CacheDamaged."""
     there = journal_path(path)
     try:
@@ -50,43 +39,40 @@ def pending(path: Path) -> Journal | None:
         raise CacheDamaged(
             f"{there} is damaged, and holds a change of {path.name} that is not finished: delete "
             "it if `verify` then finds the cache whole, otherwise make the cache again",
-            there,
+            str(there),
         )
     if head["file"] != path.stat().st_ino:
         raise CacheDamaged(
             f"{there} belongs to another file than {path}, which was replaced since: delete it if "
             "the cache is whole (`verify` tells), or bring back the file that was there",
-            there,
+            str(there),
         )
     writes, at = [], 0
     for offset, length in head["writes"]:
         writes.append((offset, data[at : at + length]))
         at += length
-    return Journal(file=head["file"], size=head["size"], writes=tuple(writes))
+    return Change(size=head["size"], writes=tuple(writes))
 
 
-def publish(path: Path, journal: Journal) -> None:
+def publish(path: Path, change: Change) -> None:
     """Decide on a change, durably; what the writes refer to must be on the disk."""
-    data = b"".join(data for _, data in journal.writes)
-    places = [[offset, len(data)] for offset, data in journal.writes]
-    head = {"file": journal.file, "size": journal.size, "writes": places}
+    data = b"".join(data for _, data in change.writes)
+    places = [[offset, len(data)] for offset, data in change.writes]
+    head = {"file": path.stat().st_ino, "size": change.size, "writes": places}
     text = canonical_json({**head, "check": _check(head, data)}).encode()
     there = journal_path(path)
     partial = there.with_name(f"{there.name}.partial")  # there is one writer
-    with partial.open("wb") as file:
-        fd = file.fileno()
-        files.write_all(fd, memoryview(_MAGIC + b"\n" + text + b"\n" + data), 0)
-        os.fsync(fd)
+    files.write_new(partial, memoryview(_MAGIC + b"\n" + text + b"\n" + data))
     partial.rename(there)
     files.sync_folder(path.parent)
 
 
-def finish(path: Path, journal: Journal) -> None:
+def finish(path: Path, change: Change) -> None:
     """Make the change, durably; again, where it was made in part."""
     with files.opened(path, os.O_WRONLY) as fd:
-        for offset, data in journal.writes:
+        for offset, data in change.writes:
             files.write_all(fd, memoryview(data), offset)
-        os.ftruncate(fd, journal.size)
+        os.ftruncate(fd, change.size)
         os.fsync(fd)
     forget(path)
 

@@ -1,0 +1,1 @@
+"""How the bytes of a cache are read, written, published and locked."""
