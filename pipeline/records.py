@@ -204,7 +204,8 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Winner:
-    """The setting of one task that validation likes best: its score with each of `seeds`."""
+    """The setting of one task that validation likes best: its score with each of `seeds`, and for
+    each fold."""
 
     task: str
     member: Member
@@ -213,7 +214,7 @@ class Winner:
 
     @property
     def score(self) -> float:
-        """Mean over the seeds."""
+        """Mean over the seeds, and the folds if there were."""
         return mean(self.scores)
 
     @property

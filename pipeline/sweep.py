@@ -99,6 +99,8 @@ def _begin(
     elif not there:
         refuse_other_files(run.path, other_names(run.path, ()), "sweep", "sweep")
     goes_on = there and not config.overwrite
+    if goes_on and reader.is_known_as(there["fingerprint"]):  # perhaps by an earlier name
+        there["fingerprint"] = reader.fingerprint
     amp = there["precision"] == "bfloat16" if goes_on and config.amp is None else config.amp
     precision = pick_precision(device, amp)
     asked = {

@@ -36,8 +36,10 @@ def refuse_another(
 
 
 def _difference(name: str, there: Any, asked: Any) -> str:
-    if name in ("fingerprint", "labelling"):
-        return f"cache {name}: {there[:12]} there, {asked[:12]} given"
+    if name == "fingerprint":
+        return f"cache fingerprint: {there[:12]} there, {asked[:12]} given"
+    if name == "labelling":
+        return "labelling: labels, splits or rows of the cache have changed since"
     if name == "precision":
         flag = "--amp" if asked == "bfloat16" else "--no-amp"
         return f"precision: {there} there, {asked} asked for by {flag}; without it, {there} goes on"

@@ -309,8 +309,8 @@ class Run:
                 alone = "" if member.fold is not None else row["id"]
                 key = alone or repr(replace(member, fold=None))
                 settings.setdefault(key, []).append(row)
-        best = min(settings.values(), key=lambda rows: rank_of(*rows))
-        return [row["id"] for row in sorted(best, key=lambda row: rank_of(row))]
+        best = min(settings.values(), key=rank_of)
+        return [row["id"] for row in sorted(best, key=lambda row: rank_of([row]))]
 
     def card(self, member_id: str) -> dict[str, Any]:
         """What a member's side_network.json says. RunError if unknown, or of another version."""
@@ -346,14 +346,11 @@ class Run:
         """What decides the result of the run that is here, and of one that is asked for."""
         before = self.environment()
         facts = [name for name in ("fingerprint", "labelling", "precision") if name in before]
-        now = dict(environment)
-        if before["fingerprint"] == now.get("formerly"):  # the same features by their old name
-            now["fingerprint"] = before["fingerprint"]
-        there, asked = self.config().progress_key(), config.progress_key()
-        return (
-            there | {name: before[name] for name in facts},
-            asked | {name: now[name] for name in facts},
-        )
+        there = self.config().progress_key() | {name: before[name] for name in facts}
+        asked = config.progress_key() | {name: environment[name] for name in facts}
+        if there["fingerprint"] == environment.get("formerly"):  # an earlier name of the same
+            there["fingerprint"] = asked["fingerprint"]
+        return there, asked
 
     def _write(self, name: str, text: str) -> None:
         replace_text(self.path / name, text)

@@ -50,14 +50,14 @@ def loss_of(row: Mapping[str, str]) -> float | None:
     return number_of(row["val_loss"])
 
 
-def rank_of(*rows: Mapping[str, str]) -> tuple[bool, float, float]:
-    """Sorts the members of one task, best first, by their lines; or settings, by those of all their
-    folds."""
-    scores, losses = list(map(score_of, rows)), list(map(loss_of, rows))
+def rank_of(rows: Sequence[Mapping[str, str]]) -> tuple[bool, float, float]:
+    """Sorts settings of one task, best first, by the lines of their members: one, or one a fold."""
+    scores, losses = [score_of(row) for row in rows], [loss_of(row) for row in rows]
     return rank(_mean(scores), _mean(losses), stopped=any(row["stopped"] for row in rows))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    """None if one is lacking: a mean of the others would hide it."""
     known = [value for value in values if value is not None]
     return mean(known) if len(known) == len(values) else None
 
