@@ -32,6 +32,8 @@ and the gradients of C and H are A^T d and A^T (e A). Autograd would keep every 
 keep the product with S, in which queries, keys and values take the place of S_c P^T, and A.
 Attention is computed again. The code holds all narrow arrays transposed, tokens last: rows of A,
 a factor a token and sums over rows are then runs of memory, several times faster on a CPU.
+
+The file is long for a reason: both passes are one piece of algebra, to be read beside this page.
 """
 
 from __future__ import annotations
