@@ -84,7 +84,10 @@ def _left_behind(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.slots_pending and found.complete:
         yield "update", f"UNFINISHED: {found.slots_pending:,} rows to do; the same --update goes on"
     elif found.slots > found.rows:
-        yield "left behind", f"{found.slots - found.rows:,} rows of updates; `copy` leaves them out"
+        yield (
+            "left behind",
+            f"{counted(found.slots - found.rows, 'row')} of updates; `copy` leaves them out",
+        )
 
 
 def _stacks(found: Inspection) -> Iterator[tuple[str, str]]:
