@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check clean docs/cli.md
+.PHONY: setup demo test check clean docs docs/cli.md
 
 setup: .venv/installed
 
@@ -25,8 +25,16 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+# The documents as a site, in site/index.html.
+docs: .venv/documented
+	$(BIN)/mkdocs build --strict --quiet
+
+.venv/documented: setup.cfg pyproject.toml | setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 docs/cli.md: setup
 	$(BIN)/python -c 'import cli, pipeline.terminal.reference as r; print(r.reference(cli.main), end="")' > $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -223,9 +223,9 @@ def report(runs: Location | Iterable[Location], **settings: Any) -> Written:
 
     `settings` are those of `sidecache report` (`pipeline.config.ReportConfig`).
 
-    >>> import sidecache
-    >>> sidecache.report("runs/first").members
-    2
+        >>> import sidecache
+        >>> sidecache.report("runs/first").members
+        2
     """
     from pipeline.config import ReportConfig
     from pipeline.report import report as stage
