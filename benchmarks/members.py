@@ -87,6 +87,7 @@ def train_loop(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     import torch
 
     from cache import Reader
+    from pipeline.config import Question
     from pipeline.features.labelled import feature_spec, labelled_rows
     from pipeline.features.operands import Batches
     from pipeline.side import METHODS
@@ -110,7 +111,7 @@ def train_loop(options: argparse.Namespace, cache: Path, device: Any) -> Round:
             for batch in batches.epoch(options.batch_size, order):
                 losses = [
                     torch.nn.functional.cross_entropy(
-                        network(batch.operands[0])[0], batch.labels["label"]
+                        network(batch.operands[0])[0], batch.labels[Question("label")]
                     )
                     for network in networks
                 ]

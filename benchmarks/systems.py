@@ -143,7 +143,8 @@ def train_members(
 
     reader = Reader(cache)
     rows = labelled_rows(reader, ["train"], ["label"])
-    tasks = {"label": task_of(reader.target())}
+    task = task_of(reader.target())
+    tasks = {task.question: task}
     settings = [
         Member(method="last", task="label", epochs=10**6, seed=i, lr=1e-3 * (1 + i % 4))
         for i in range(members)

@@ -93,7 +93,7 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
     backbone = load_backbone(options.model, device=device, pretrained=False, preprocessing={})
     backbone.keep(spec.taps)
     (cohort,) = make_cohorts(
-        [Member(method="last", task="label", epochs=10**6)], spec, {"label": task}, device
+        [Member(method="last", task="label", epochs=10**6)], spec, {task.question: task}, device
     )
     images, labels = random_batch(options, device)
     precision = precision_of(options)
@@ -109,7 +109,7 @@ def live(options: argparse.Namespace, cache: Path, device: Any) -> Round:
             backbone.read_taps(images, keep, precision=precision)
             with torch.no_grad():
                 operands = cohort.network.operands(features, precision)
-            cohort.step(Batch({0: operands}, {"label": labels}), 0)
+            cohort.step(Batch({0: operands}, {task.question: labels}), 0)
         return options.steps * options.batch_size
 
     return run, 0
