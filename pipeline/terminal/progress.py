@@ -9,21 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.records import (
-    EpochDone,
-    Loading,
-    MemberStopped,
-    PassStarted,
-    RoundStarted,
-    SweepRecord,
-    TrainRecord,
-    TrialDone,
-)
 from pipeline.terminal.tables import clock_text, counted, score_text, size_text
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractConfig
     from pipeline.extract import ExtractionPlan
+    from pipeline.records import PassStarted, SweepRecord, TrainRecord
 
 Report = Callable[[Any], None]
 
@@ -142,18 +133,19 @@ def _run_of(taps: Any) -> str:
 
 def training(progress: Progress, what: str = "training") -> Callable[[TrainRecord], None]:
     """Shows the records of `train`."""
+    from pipeline import records
 
     def report(record: TrainRecord) -> None:
         match record:
-            case Loading(rows=rows, total=total):
+            case records.Loading(rows=rows, total=total):
                 progress.update("loading features", rows, total)
-            case PassStarted():
+            case records.PassStarted():
                 progress.note(_start_line(record))
-            case EpochDone(epoch=epoch, epochs=epochs, metric=metric, score=score):
+            case records.EpochDone(epoch=epoch, epochs=epochs, metric=metric, score=score):
                 scored = "" if score is None else f", val {metric} {score_text(metric, score)}"
                 detail = f"loss {record.train_loss:.3f}{scored}"
                 progress.update(what, epoch, epochs, detail)
-            case MemberStopped(id=member, epoch=epoch, reason=reason, pruned=False):
+            case records.MemberStopped(id=member, epoch=epoch, reason=reason, pruned=False):
                 told = f"{reason} (epoch {epoch}); it stops, the others go on"
                 progress.note(f"member {member}: {told}")
 
@@ -174,16 +166,18 @@ def _start_line(start: PassStarted) -> str:
 
 def searching(progress: Progress) -> Callable[[SweepRecord], None]:
     """Shows the records of `sweep`, those of its passes among them."""
+    from pipeline import records
+
     show_pass = training(progress)
 
     def report(record: SweepRecord) -> None:
         match record:
-            case RoundStarted(round=number, rounds=rounds, members=members):
+            case records.RoundStarted(round=number, rounds=rounds, members=members):
                 told = f"{record.trials_done} of {record.trials} trials are done"
                 progress.note(f"round {number} of {rounds}: {members} members; {told}")
-            case TrialDone(state="failed", number=number, reason=reason):
+            case records.TrialDone(state="failed", number=number, reason=reason):
                 progress.note(f"trial {number + 1} failed: {reason}")
-            case TrialDone() | MemberStopped():  # both are in the table below
+            case records.TrialDone() | records.MemberStopped():  # both are in the table below
                 pass
             case _:
                 show_pass(record)

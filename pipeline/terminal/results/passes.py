@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.records import over_folds
 from pipeline.setting import varying
 from pipeline.terminal.tables import (
     counted,
@@ -37,6 +36,8 @@ BEST = 10  # trials that are shown
 
 def show_train(out: str, result: TrainResult, refitted: RefitResult | None, as_json: bool) -> None:
     """A leaderboard a task, and what was refitted."""
+    from pipeline.records import over_folds
+
     if as_json:
         found = dataclasses.asdict(result)
         found["members"] = [member.to_dict() for member in result.members]
