@@ -193,6 +193,13 @@ def test_importing_cache_or_cli_loads_nothing_heavy() -> None:
     assert not loaded_by("import cli") & {"torch", "timm", "zarr", "h5py", "rich", "numpy"}
 
 
+def test_records_are_exported() -> None:
+    from pipeline import records
+
+    own = {n for n, v in vars(records).items() if getattr(v, "__module__", "") == records.__name__}
+    assert own <= set(records.__all__) <= set(vars(records))
+
+
 @pytest.fixture(scope="module")
 def trained(zarr_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
